@@ -16,19 +16,37 @@ documents, sha256 and where in the source it ends. Killed at any moment, a rerun
 the last shard listed there, and the result is the same bytes.
 """
 
+import argparse
 import bisect
 import collections
+import concurrent.futures
+import contextlib
+import functools
+import glob
+import gzip
 import hashlib
+import io
+import itertools
 import json
+import math
+import multiprocessing
 import os
 import re
+import signal
+import sys
 import threading
+import time
+import zlib
 from typing import NamedTuple
 
 import numpy as np
 
 EOT = 50256  # <|endoftext|>, the one special token of GPT-2; it stands before each document
+DATASET, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 MANIFEST = "manifest.json"
+TEMPORARY = ".tmp"  # ends the name of a file until it is whole
+SHUFFLE_COPY = ".documents.arrow"
+LOCK = ".lock"
 MANIFEST_FORMAT = "fineweb.py 1"
 PIECE = 1 << 16  # tokens looked at together when a whole shard is read: 128 KB
 
@@ -37,11 +55,15 @@ class UserError(Exception):
     """A user's mistake: one line that names the thing and the fix; commands exit with status 2."""
 
 
+class Fault(Exception):
+    """A fault of the environment (full disk, broken network), in one line; exit status 1."""
+
+
 # -----------------------------------------------------------------------------
 # Tokenizer: tiktoken's gpt2, or GPT-2's own 256 single-byte tokens where there is no vocabulary
 
 HOW_TO_GET_GPT2 = (
-    "where there is a network, run `TIKTOKEN_CACHE_DIR=bpe python -c \"import tiktoken; "
+    'where there is a network, run `TIKTOKEN_CACHE_DIR=bpe python -c "import tiktoken; '
     "tiktoken.get_encoding('gpt2')\"`, copy the folder bpe here and set TIKTOKEN_CACHE_DIR to it"
 )
 
@@ -71,7 +93,11 @@ class Tokenizer:
     def encode(self, text):
         """The tokens of a text as uint16 (n,); '<|endoftext|>' in it is text like any other."""
         if self._bpe:
-            return np.array(self._bpe.encode_ordinary(text), dtype=np.uint16)
+            # As encode_ordinary, 15 % faster: no Python list, and no token is a special one.
+            try:
+                return self._bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+            except UnicodeEncodeError:  # half a surrogate pair, which encode_ordinary replaces
+                return np.array(self._bpe.encode_ordinary(text), dtype=np.uint16)
         return self._id_of_byte[np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)]
 
     def decode_bytes(self, ids):
@@ -371,3 +397,782 @@ def open_text(path, encode):
     name = os.path.basename(path)
     parts = [TokenStream([Shard(name, len(t), array=t)]) for t in (tokens[:n], tokens[n:])]
     return *parts, hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# Documents: texts in an order that never changes, given out as jobs for the workers
+
+JOB_TOKENS = 1 << 17  # about what a worker is given at a time: 30 ms of work
+JOB_DOCUMENTS = 1000
+STREAM_BUFFER = 10_000  # documents that --streaming --shuffle draws from
+
+
+class Texts:
+    """Documents that this process reads; `read(k)` iterates over the texts from document k on."""
+
+    def __init__(self, read, total=None, mark=lambda: None):
+        self.read, self.total = read, total
+        self.mark = mark  # gives a note, for the manifest, of how far the source has been read
+
+    def jobs(self, first):
+        """Yields (first document, list of texts, note of where the source was before them)."""
+        texts, chars, mark = [], 0, None
+        for text in self.read(first):
+            texts.append(text)
+            chars += len(text or "")
+            if chars >= 4 * JOB_TOKENS or len(texts) >= JOB_DOCUMENTS:
+                yield first, texts, mark
+                first, texts, chars, mark = first + len(texts), [], 0, self.mark()
+        if texts:
+            yield first, texts, mark
+
+
+class Table:
+    """
+    Documents of a memory-mapped datasets.Dataset, in its order or in that of `seed`. The workers
+    read them: pages of a map count as resident memory, and this process would end up with all.
+    """
+
+    def __init__(self, dataset, column, seed=None):
+        self.dataset, self.column, self.total = dataset, column, len(dataset)
+        self.per_job = 16  # documents, before anything is known of their length
+        # RandomState, unlike default_rng, promises the same permutation in every version.
+        self.order = None if seed is None else np.random.RandomState(seed).permutation(self.total)
+
+    def jobs(self, first):
+        """Yields (first document, (first, end), None)."""
+        while first < self.total:
+            end = min(first + self.per_job, self.total)
+            yield first, (first, end), None
+            first = end
+
+    def texts(self, first, end):
+        rows = slice(first, end) if self.order is None else self.order[first:end]
+        return self.dataset[rows][self.column]
+
+
+def expand(patterns):
+    """The files that paths and globs stand for, in order, each once. Raises UserError."""
+    paths = []
+    for pattern in patterns:
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise UserError(f"no file {pattern}")
+        paths += found
+    for path in paths:
+        if not path.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt")):
+            raise UserError(f"{path} is not .parquet, .jsonl, .jsonl.gz or .txt")
+    return list(dict.fromkeys(paths))
+
+
+def open_lines(path):
+    return (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8")
+
+
+def documents_in(path):
+    """Number of documents in a file: rows of a .parquet, lines of a .jsonl, 1 for a .txt."""
+    if path.endswith(".txt"):
+        return 1
+    if path.endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(path).num_rows
+    with open_lines(path) as f:
+        return sum(not line.isspace() for line in f)
+
+
+def read_file(path, column):
+    """Iterates over the texts of one file."""
+    if path.endswith(".txt"):
+        with open(path, encoding="utf-8") as f:
+            yield f.read()
+    elif path.endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path) as f:
+            check_column(path, column, {field.name: str(field.type) for field in f.schema_arrow})
+            for batch in f.iter_batches(batch_size=256, columns=[column]):
+                yield from batch.column(0).to_pylist()
+    else:
+        with open_lines(path) as f:
+            for number, line in enumerate(f, 1):
+                if not line.isspace():
+                    yield read_json(line, f"{path} line {number}", column)
+
+
+def read_json(line, where, column):
+    """The text of one line of JSON."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object")
+    if not isinstance(row.get(column), str):
+        check_column(where, column, {k: type(v).__name__ for k, v in row.items()})
+    return row[column]
+
+
+def check_column(where, column, types):
+    """Refuse a column that is not among {name: name of its type}, or holds no text."""
+    if column not in types:
+        raise UserError(f"{where} has no column {column}; --text_column can be {', '.join(types)}")
+    if types[column] not in ("string", "large_string", "str"):
+        raise UserError(f"column {column} of {where} holds {types[column]}, not text")
+
+
+def read_files(paths, column, first=0):
+    """Iterates over the texts of files, from document `first` on. Raises UserError."""
+    for path in paths:
+        try:
+            if first and (n := documents_in(path)) <= first:
+                first -= n
+                continue
+            yield from itertools.islice(read_file(path, column), first, None)
+            first = 0
+        except (OSError, EOFError, ValueError, zlib.error) as e:  # pyarrow's errors are among them
+            raise UserError(f"{path} cannot be read: {first_line(e)}") from e
+
+
+def open_files(args):
+    """--files as a source: Texts, or with --shuffle a Table of a copy that can be read anywhere."""
+    for path in args.files:  # first of all: a wrong column or a damaged file is seen at once
+        next(read_files([path], args.text_column), None)
+    if args.shuffle is None:
+        known = not any(".jsonl" in os.path.basename(p) for p in args.files)
+        total = sum(documents_in(p) for p in args.files) if known else None
+        return Texts(functools.partial(read_files, args.files, args.text_column), total)
+    import datasets
+    import pyarrow as pa
+
+    path, schema = os.path.join(args.out, SHUFFLE_COPY), pa.schema([("text", pa.large_string())])
+    with writing(path), pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as copy:
+        for _, texts, _ in Texts(functools.partial(read_files, args.files, args.text_column)).jobs(
+            0
+        ):
+            copy.write_batch(pa.record_batch([pa.array(texts, pa.large_string())], schema=schema))
+    return Table(datasets.Dataset.from_file(path), "text", args.shuffle)
+
+
+def open_hub(args, note):
+    """
+    --dataset as a source: a Table of the downloaded set, or with --streaming Texts. `note` is what
+    the manifest says about how far the stream was read.
+    """
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        data = datasets.load_dataset(
+            args.dataset, args.name, split=args.split, revision=args.revision,
+            streaming=args.streaming,
+        )  # fmt: skip
+    except Exception as e:
+        raise hub_error(args.dataset, e) from e
+    if data.features:
+        types = {k: getattr(v, "dtype", type(v).__name__) for k, v in data.features.items()}
+        check_column(args.dataset, args.text_column, types)
+        data = data.select_columns([args.text_column])
+    if not args.streaming:
+        return Table(data, args.text_column, args.shuffle)
+    total = getattr((data.info.splits or {}).get(args.split), "num_examples", None)
+    if args.shuffle is not None:
+        data = data.shuffle(seed=args.shuffle, buffer_size=STREAM_BUFFER)
+        note = None
+        print(f"--streaming shuffles the files and a buffer of {STREAM_BUFFER:,} documents only")
+    seen = [0]  # documents read
+
+    def mark():
+        if args.shuffle is None:  # a shuffled stream's state lacks its buffer
+            return {"datasets": datasets.__version__, "document": seen[0], "at": data.state_dict()}
+
+    return Texts(functools.partial(read_stream, data, args, note, seen), total, mark)
+
+
+def read_stream(data, args, note, seen, first):
+    """Iterates over the texts of a streamed data set from document `first` on. Raises Fault."""
+    import datasets
+
+    if note and note["datasets"] == datasets.__version__ and note["document"] <= first:
+        data.load_state_dict(note["at"])
+        seen[0] = note["document"]
+    try:
+        for row in data:
+            seen[0] += 1
+            if seen[0] > first:
+                if args.text_column not in row:
+                    check_column(args.dataset, args.text_column, dict.fromkeys(row, "str"))
+                yield row[args.text_column]
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as e:
+        raise Fault(f"{args.dataset} cannot be read on: {first_line(e)}") from e
+
+
+def hub_error(dataset, e):
+    """The error to raise for one of load_dataset: the user's, where a name is wrong, or a Fault."""
+    kinds = {t.__name__ for t in type(e).__mro__}
+    unknown = {"DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}
+    if kinds & unknown:
+        return UserError(
+            f"no dataset {dataset} that can be read ({first_line(e)}); check --dataset and "
+            "--revision, or log in with `hf auth login`"
+        )
+    if "ValueError" in kinds and "ArrowException" not in kinds:  # an unknown config or split
+        return UserError(f"{dataset}: {first_line(e)}; check --name and --split")
+    return Fault(f"{dataset} cannot be had: {first_line(e)}")
+
+
+def resolve_revision(args):
+    """The commit of the dataset, so that a rerun reads what this run reads; None for a folder."""
+    from huggingface_hub import HfApi, constants
+
+    if os.path.isdir(args.dataset) or constants.HF_HUB_OFFLINE:
+        return args.revision
+    try:
+        return HfApi().dataset_info(args.dataset, revision=args.revision, timeout=60).sha
+    except Exception as e:
+        raise hub_error(args.dataset, e) from e
+
+
+def first_line(e):
+    """An exception in one line, with the kind where the message says little."""
+    text = " ".join(str(e).split())
+    return f"{type(e).__name__}: {text}"[:300] if len(text) < 40 else text[:300]
+
+
+# -----------------------------------------------------------------------------
+# Workers: texts in, tokens out, in order
+
+WORKER = {}  # in a worker process: what start_worker was given
+
+
+def start_worker(encode, table):
+    """Runs first in each worker, which ends when this process does, whatever ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    WORKER.update(encode=encode, table=table)
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def tokenize(texts, encode):
+    """Documents as (tokens uint16 (n,), lengths (documents,)); each is EOT and its own tokens."""
+    eot, parts = np.array([EOT], dtype=np.uint16), []
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"a document is {type(text).__name__}, not text; see --text_column")
+        parts += [eot, encode(text)]
+    lengths = [1 + len(p) for p in parts[1::2]]
+    return np.concatenate(parts), np.array(lengths)
+
+
+def run_job(job):
+    texts = job if isinstance(job, list) else WORKER["table"].texts(*job)
+    return tokenize(texts, WORKER["encode"])
+
+
+def start_workers(num_proc, encode, source):
+    # Spawned everywhere: fork would copy the threads' locks of pyarrow and of the hub's client.
+    return concurrent.futures.ProcessPoolExecutor(
+        min(num_proc, 61) if os.name == "nt" else num_proc,  # Windows can wait for 61, not more
+        multiprocessing.get_context("spawn"),
+        start_worker,
+        (encode, source if isinstance(source, Table) else None),
+    )
+
+
+def tokenized(source, pool, ahead, first):
+    """
+    Yields (first document, tokens, lengths, note) for all documents from `first` on, in order,
+    with up to `ahead` jobs given out beyond the one that is waited for.
+    """
+    pending, jobs = collections.deque(), source.jobs(first)
+    try:
+        for document, job, mark in jobs:
+            pending.append((document, pool.submit(run_job, job), mark))
+            if len(pending) > ahead:
+                document, result, mark = pending.popleft()
+                tokens, lengths = result.result()
+                source.per_job = max(
+                    1, min(JOB_DOCUMENTS, JOB_TOKENS * len(lengths) // len(tokens))
+                )
+                yield document, tokens, lengths, mark
+        while pending:
+            document, result, mark = pending.popleft()
+            yield document, *result.result(), mark
+    finally:
+        jobs.close()
+        for _, result, _ in pending:
+            result.cancel()
+
+
+# -----------------------------------------------------------------------------
+# Writing: shards that are whole or not there
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Says what could not be written, and why (a full disk), in a Fault."""
+    try:
+        yield
+    except OSError as e:
+        raise Fault(f"{path} cannot be written: {e.strerror or e}") from e
+
+
+def put_in_place(f, path):
+    """Make a written temporary file durable and give it its name."""
+    f.flush()
+    os.fsync(f.fileno())
+    f.close()  # before the rename: Windows renames no open file
+    os.replace(f.name, path)
+    if os.name != "nt":
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+class ShardWriter:
+    """A shard on its way to disk, written as the tokens come; `room` tokens are still missing."""
+
+    def __init__(self, path, size):
+        self.path, self.size, self.room = path, size, size
+        self.documents, self.sha256 = 0, hashlib.sha256(npy_header(size))
+        with writing(path):
+            self._file = open(path + TEMPORARY, "w+b")
+            self._file.write(npy_header(size))
+
+    def add(self, tokens, documents):
+        with writing(self.path):
+            self._file.write(tokens.data)
+        self.sha256.update(tokens.data)
+        self.room -= len(tokens)
+        self.documents += documents
+
+    def finish(self, start, end):
+        """The shard is on disk under its name; returns its entry in the manifest."""
+        tokens = self.size - self.room
+        with writing(self.path):
+            if self.room:  # the last shard, shorter than its header has promised
+                self._file.seek(0)
+                self._file.write(npy_header(tokens))
+                self._file.seek(0)
+                self.sha256 = hash_file(self._file)
+            put_in_place(self._file, self.path)
+        return {
+            "name": os.path.basename(self.path),
+            "tokens": tokens,
+            "documents": self.documents,  # that begin in it
+            "sha256": self.sha256.hexdigest(),
+            "start": start,
+            "end": end,
+        }
+
+    def discard(self):
+        with contextlib.suppress(OSError):
+            self._file.close()  # may fail to write its last bytes
+        with contextlib.suppress(OSError):
+            os.remove(self.path + TEMPORARY)
+
+
+def npy_header(count):
+    """What np.save writes before `count` uint16 tokens: 128 bytes for any count."""
+    f = io.BytesIO()
+    form = {"descr": "<u2", "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(f, form)
+    return f.getvalue()
+
+
+def hash_file(f, seen=lambda n: None):
+    """sha256 object over an open file, read in pieces; `seen` is told the bytes of each."""
+    sha256 = hashlib.sha256()
+    while piece := f.read(1 << 20):
+        sha256.update(piece)
+        seen(len(piece))
+    return sha256
+
+
+def pieces(batches, skip, size, left):
+    """
+    Cut tokenized documents into shards of `size` tokens, leaving out the first `skip` tokens and
+    all after `left` tokens. Yields (tokens, how many documents begin in them, position behind them,
+    note). A position {"document", "token"} says that this token of this document comes next.
+    """
+    room = size
+    for first, tokens, lengths, mark in batches:
+        ends = np.cumsum(lengths)
+        begins = ends - lengths
+        a, skip = skip, 0
+        while a < len(tokens):
+            b = min(a + room, a + left, len(tokens))
+            d = int(np.searchsorted(ends, b, side="right"))  # documents that end by b
+            end = {"document": first + d, "token": b - int(begins[d]) if d < len(begins) else 0}
+            begun = int(np.count_nonzero((begins >= a) & (begins < b)))
+            yield tokens[a:b], begun, end, mark
+            left -= b - a
+            room = room - (b - a) or size
+            a = b
+            if not left:
+                return
+
+
+def write_shards(batches, folder, size, index, start, left, progress):
+    """
+    Write the shards from number `index` and position `start` on, `left` tokens at most. Yields
+    (manifest entry, note) when a shard is on disk; tells `progress` (tokens, document).
+    """
+    shard = None
+    try:
+        for tokens, documents, end, mark in pieces(batches, start["token"], size, left):
+            shard = shard or ShardWriter(os.path.join(folder, shard_name(index)), size)
+            shard.add(tokens, documents)
+            progress(len(tokens), end["document"])
+            if not shard.room:
+                done, shard = shard, None
+                yield done.finish(start, end), mark
+                start, index = end, index + 1
+        if shard:
+            done, shard = shard, None
+            yield done.finish(start, end), None
+    finally:
+        batches.close()
+        if shard:
+            shard.discard()
+
+
+def shard_name(index):
+    return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
+
+
+# -----------------------------------------------------------------------------
+# The manifest, and a run
+
+
+def save_manifest(folder, manifest):
+    path = os.path.join(folder, MANIFEST)
+    with writing(path):
+        f = open(path + TEMPORARY, "w", encoding="utf-8")
+        with f:
+            json.dump(manifest, f, indent=1)
+            put_in_place(f, path)
+
+
+def settings_of(args, old):
+    """What decides the bytes of the shards. Without --revision a rerun keeps to that of `old`."""
+    shuffle = None if args.shuffle is None else f"seed {args.shuffle}"
+    if shuffle and args.streaming:
+        import datasets
+
+        shuffle += f", buffer of {STREAM_BUFFER:,}, datasets {datasets.__version__}"
+    if args.files:
+        source = {"files": [[os.path.basename(p), os.path.getsize(p)] for p in args.files]}
+    else:
+        if args.revision is None and old.get("dataset") == args.dataset:
+            args.revision = old.get("revision")
+        else:
+            args.revision = resolve_revision(args)
+        source = {k: getattr(args, k) for k in ("dataset", "name", "split", "revision")}
+    rest = {k: getattr(args, k) for k in ("text_column", "shard_size", "max_tokens")}
+    return {**source, **rest, "shuffle": shuffle, "tokenizer": "gpt2"}
+
+
+def open_folder(args):
+    """The manifest that a run into --out goes on from. Raises UserError, before time is spent."""
+    manifest = load_manifest(args.out)
+    old = manifest["settings"] if manifest else {}
+    settings = settings_of(args, old)
+    differ = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
+    if manifest and differ:
+        what = ", ".join(f"{k} {old.get(k)!r}, not {settings.get(k)!r}" for k in differ)
+        raise UserError(
+            f"{args.out} was made with {what}; choose another --out, or delete it"[:900]
+        )
+    if not manifest and any(split_of(n) for n in os.listdir(args.out)):
+        raise UserError(f"{args.out} holds shards made by something else; choose another --out")
+    return manifest or {
+        "format": MANIFEST_FORMAT,
+        "settings": settings,
+        "complete": False,
+        "tokens": 0,
+        "documents": 0,
+        "shards": [],
+        "note": None,
+    }
+
+
+@contextlib.contextmanager
+def only_writer(folder):
+    """Holds a lock on the folder that ends with this process, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(os.path.join(folder, LOCK), "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"another fineweb.py is writing to {folder}; wait for it") from e
+        yield
+
+
+def prepare(args, tokenizer=None):
+    """Make the shards that --out does not have yet."""
+    started = time.perf_counter()
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        lock = only_writer(args.out)
+    except OSError as e:
+        raise UserError(f"{args.out} cannot be written: {e.strerror}; choose another --out") from e
+    with lock:
+        args.files = expand(args.files) if args.files else None
+        manifest = open_folder(args)
+        shards = manifest["shards"]
+        gone = [i for i, s in enumerate(shards) if not is_whole(args.out, s)]
+        if gone or not manifest["complete"]:
+            tokenizer = tokenizer or get_tokenizer("gpt2", timeout=60)
+            source = open_files(args) if args.files else open_hub(args, manifest["note"])
+            args.writing = True
+            with start_workers(args.num_proc, tokenizer.encode, source) as pool:
+                try:
+                    make(source, pool, args, manifest, gone)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(args.out, SHUFFLE_COPY))
+    print(
+        f"{args.out}: {manifest['tokens']:,} tokens of {manifest['documents']:,} documents in "
+        f"{len(shards)} shards, {sum(file_size(s) for s in shards) / 1e9:.2f} GB, "
+        f"{time.perf_counter() - started:.0f} s"
+    )
+    if len(shards) == 1:
+        print(
+            f"all of it is the val shard; for train shards choose a --shard_size well below "
+            f"{manifest['tokens']:,}"
+        )
+
+
+def make(source, pool, args, manifest, gone):
+    """Write again the shards number `gone`, and then all that are not in the manifest yet."""
+    from tqdm import tqdm
+
+    shards, size = manifest["shards"], args.shard_size
+    ahead = max(32, 3 * args.num_proc)  # enough to do while a shard is brought to disk
+
+    def write(index, start, left, progress):
+        batches = tokenized(source, pool, ahead, start["document"])
+        return write_shards(batches, args.out, size, index, start, left, progress)
+
+    for i in gone:
+        for made, _ in write(i, shards[i]["start"], shards[i]["tokens"], lambda *_: None):
+            if made["sha256"] != shards[i]["sha256"]:
+                raise Fault(f"{made['name']} came out different: the source is not what it was")
+            print(f"{made['name']} made again")
+    if manifest["complete"]:
+        return
+    start = shards[-1]["end"] if shards else {"document": 0, "token": 0}
+    left = math.inf if args.max_tokens is None else args.max_tokens - manifest["tokens"]
+    bar = tqdm(unit=" tokens", unit_scale=True, initial=manifest["tokens"], disable=None)
+    with bar:
+
+        def progress(tokens, document):
+            bar.update(tokens)
+            if source.total and document:  # tokens in all, guessed from the documents so far
+                bar.total = int(min(bar.n * source.total / document, bar.n + left))
+
+        for entry, note in write(len(shards), start, left, progress):
+            shards.append(entry)
+            manifest["tokens"] += entry["tokens"]
+            manifest["documents"] += entry["documents"]
+            manifest["note"] = note
+            save_manifest(args.out, manifest)
+            bar.set_postfix_str(f"{len(shards)} shards done")
+            if bar.disable:
+                print(f"{entry['name']}: {entry['tokens']:,} tokens", flush=True)
+    if not shards:
+        raise UserError("the source holds no documents")
+    save_manifest(args.out, {**manifest, "complete": True})
+
+
+def file_size(entry):
+    return len(npy_header(0)) + 2 * entry["tokens"]
+
+
+def is_whole(folder, entry):
+    """Whether the shard of a manifest entry is there with its size."""
+    path = os.path.join(folder, entry["name"])
+    return os.path.isfile(path) and os.path.getsize(path) == file_size(entry)
+
+
+def verify(folder):
+    """Compare sizes and hashes of all shards with the manifest, and name each bad one."""
+    from tqdm import tqdm
+
+    manifest = load_manifest(folder)
+    if manifest is None:
+        raise UserError(f"no {MANIFEST} in {folder}: it was not made by this fineweb.py")
+    shards, bad = manifest["shards"], []
+    with tqdm(total=sum(map(file_size, shards)), unit="B", unit_scale=True, disable=None) as bar:
+        for s in shards:
+            path = os.path.join(folder, s["name"])
+            fault = "is missing" if not os.path.isfile(path) else "has a wrong size"
+            if is_whole(folder, s):
+                with open(path, "rb") as f:
+                    same = hash_file(f, bar.update).hexdigest() == s["sha256"]
+                fault = None if same else "has a wrong sha256"
+            if fault:
+                bad.append(s["name"])
+                bar.write(f"{path} {fault}", file=sys.stderr)
+    listed = {s["name"] for s in shards}
+    for name in sorted(n for n in os.listdir(folder) if split_of(n) and n not in listed):
+        bad.append(name)
+        print(f"{os.path.join(folder, name)} is not in the manifest", file=sys.stderr)
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(shards)} shards in {folder} are bad: {', '.join(bad[:5])}; delete "
+            "them and give the command that made them again, which makes only what is missing"
+        )
+    state = "" if manifest["complete"] else "; the set is not finished: the same command goes on"
+    print(f"{folder}: {len(shards)} shards, {manifest['tokens']:,} tokens, all good{state}")
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+HUB_DEFAULTS = {  # what makes long downloads last; set any of them to override it
+    "HF_HUB_ENABLE_HF_TRANSFER": "0",
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DOWNLOAD_TIMEOUT": "300",
+    "HF_HUB_ETAG_TIMEOUT": "60",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def parse_args(argv=None):
+    """The flags; --shard-size is --shard_size."""
+    parser = Parser(
+        prog="fineweb.py",
+        description="FineWeb-Edu, another data set or your own files as token shards for "
+        "train_gpt2.py. Can be killed at any moment; the same command goes on.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22, width=98),
+    )
+    group = parser.add_argument_group("what to read")
+    group.add_argument("--dataset", help=f"on the Hugging Face hub, or a folder ({DATASET})")
+    group.add_argument("--name", help=f"its configuration ({CONFIG}: 10 billion tokens)")
+    group.add_argument("--split", default="train", help="its split (train)")
+    group.add_argument("--revision", help="its branch, tag or commit (main, as it is at the start)")
+    group.add_argument("--text_column", default="text", metavar="NAME", help="column read (text)")
+    group.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read over the network as it goes: no copy on disk. Without it the data "
+        "set is downloaded first and then kept by `datasets`, about 75 GB for "
+        f"{CONFIG}, and a second run needs no network",
+    )
+    group.add_argument(
+        "--files",
+        nargs="+",
+        metavar="PATH",
+        help="read local .parquet, .jsonl, .jsonl.gz (a document a row) or .txt (a "
+        "document a file) instead; paths or globs, in this order",
+    )
+    group = parser.add_argument_group("what to write")
+    group.add_argument(
+        "--out",
+        default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "edu_fineweb10B"),
+        help="folder of the shards (edu_fineweb10B beside "
+        "fineweb.py); 2 bytes a token, 20 GB for 10 billion",
+    )
+    group.add_argument(
+        "--shard_size",
+        type=int,
+        default=10**8,
+        metavar="N",
+        help="tokens per shard (100000000: 200 MB); the first shard is val",
+    )
+    group.add_argument(
+        "--max_tokens",
+        type=int,
+        metavar="N",
+        help="stop after N tokens (all); 200000000 for a first try takes 0.4 GB and a "
+        "minute, with --streaming also no long download",
+    )
+    group.add_argument(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="documents in a random order (as they come). Costs with --files a copy of "
+        "the texts on disk, else slow reads where the data set is on a hard disk; "
+        f"with --streaming only files and a buffer of {STREAM_BUFFER:,} documents "
+        "are shuffled, and a rerun reads all again that it skips",
+    )
+    group = parser.add_argument_group("how")
+    group.add_argument(
+        "--num_proc",
+        type=int,
+        default=cores(),
+        metavar="N",
+        help="worker processes (one per core, here %(default)s), each some 150 MB; "
+        "a core makes 2 to 4 million tokens/s: 10 billion are about a core-hour",
+    )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="only check the shards in --out: sizes and sha256, a minute for 20 GB",
+    )
+    flags = [
+        re.sub("^--[^=]*", lambda m: m[0][:2] + m[0][2:].replace("-", "_"), a)
+        for a in (sys.argv[1:] if argv is None else argv)
+    ]
+    args = parser.parse_args(flags)
+    for flag in ("shard_size", "max_tokens", "num_proc"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.files and (args.dataset or args.name or args.revision or args.streaming):
+        parser.error(
+            "--files reads no data set: leave out --dataset, --name, --revision, --streaming"
+        )
+    args.name = args.name or (None if args.dataset else CONFIG)
+    args.dataset = args.dataset or DATASET
+    args.writing = False
+    return args
+
+
+def cores():
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv=None, tokenizer=None):
+    """The command; returns its exit status."""
+    args = parse_args(argv)
+    for name, value in HUB_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    try:
+        verify(args.out) if args.verify else prepare(args, tokenizer)
+        return 0
+    except UserError as e:
+        status, why = 2, str(e)
+    except KeyboardInterrupt:
+        status, why = 130, "stopped"
+    except concurrent.futures.process.BrokenProcessPool:
+        status, why = 1, "a worker process died (killed, or no memory left?)"
+    except (Fault, OSError) as e:
+        status, why = 1, first_line(e)
+    safe = ""
+    if args.writing:
+        n = len((load_manifest(args.out) or {"shards": []})["shards"])
+        safe = f"; the {n} finished shards in {args.out} are safe, and the same command goes on"
+    print(f"fineweb.py: error: {why}{safe}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
