@@ -1,0 +1,571 @@
+"""
+What the commands of this project share: one-line errors, flags, files written whole, the folder of
+a run, and the processes of a run. Nothing here knows what a language model is.
+"""
+
+import argparse
+import contextlib
+import difflib
+import glob
+import importlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+
+# -----------------------------------------------------------------------------
+# Talking to the user
+
+
+from fineweb import UserError  # noqa: E402,I001  (moves)
+
+
+class AgreedError(UserError):
+    """A UserError that all processes of a run know of: only the main process prints it."""
+
+
+class RunError(Exception):
+    """A run that cannot go on, through no mistake of the user's: one line, exit status 1."""
+
+
+def is_main_process():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(*words):
+    """Print, on the main process only."""
+    if is_main_process():
+        print(*words, flush=True)
+
+
+def warn(message):
+    if is_main_process():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def one_line(error):
+    """An exception in at most 200 characters of one line."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+
+
+def optional_import(name, what_for):
+    """A package that is not in requirements.txt, or a UserError with the command that installs."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{what_for} needs {name}: pip install {name}") from None
+
+
+def run_main(program, command):
+    """Exit with command()'s status; a known error is one line on stderr, from one process."""
+    try:
+        status = command() or 0
+    except (UserError, RunError) as e:
+        status = 2 if isinstance(e, UserError) else 1
+        if not is_main_process():
+            time.sleep(10)  # torchrun ends this process once the main one has printed and gone
+        if is_main_process() or not isinstance(e, AgreedError):
+            print(f"{program}: error: {e}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    sys.exit(status)
+
+
+# -----------------------------------------------------------------------------
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations that answers a mistake with one line and a likely name."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                prog, max_help_position=28, width=100
+            ),
+        )
+
+    def error(self, message):
+        hint = ""
+        if message.startswith("unrecognized arguments: "):
+            unknown = message.split(": ")[1].split()[0].split("=")[0].replace("-", "_")
+            known = difflib.get_close_matches(unknown, self._option_string_actions, 1)
+            hint = f"; did you mean {known[0]}?" if known else ""
+        raise UserError(f"{message}{hint} (--help lists the flags)")
+
+
+def flag(default, text, kind=None, ge=None, gt=None, choices=None, shown=None):
+    """A field of a dataclass of flags. kind: its type where the default is None; ge, gt: the least
+    value, inclusive or not; shown: the default in words."""
+    kind = kind or type(default)
+    return field(default=default, metadata=dict(text=text, kind=kind, ge=ge, gt=gt, choices=choices,
+                                                shown=str(default) if shown is None else shown))
+
+
+
+
+def add_flags(parser, cls, groups):
+    """Add the fields of `cls` as flags; `groups` maps the first flag of each group to its title."""
+    group = None
+    for f in fields(cls):
+        meta, kind = f.metadata, f.metadata["kind"]
+        if f.name in groups:
+            group = parser.add_argument_group(groups[f.name])
+        how = dict(action=argparse.BooleanOptionalAction)
+        if kind is not bool:
+            how = dict(type=kind, choices=meta["choices"])
+            how["metavar"] = None if meta["choices"] else kind.__name__.upper()
+        names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
+        text = meta["text"] + (f" (default: {meta['shown']})" if meta["shown"] else "")
+        group.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, **how)
+
+
+def check_ranges(config):
+    """Raise UserError for the first flag that is not among its choices or outside its range."""
+    for f in fields(config):
+        value, meta = getattr(config, f.name), f.metadata
+        if meta["choices"] and value not in meta["choices"]:
+            raise UserError(f"--{f.name} {value}: choose from {', '.join(meta['choices'])}")
+        if value is None or isinstance(value, (str, bool)):
+            continue
+        if meta["gt"] is not None and not (value > meta["gt"] and math.isfinite(value)):
+            raise UserError(f"--{f.name} {value}: must be a number above {meta['gt']}")
+        if meta["ge"] is not None and not (value >= meta["ge"] and math.isfinite(value)):
+            raise UserError(f"--{f.name} {value}: must be a number of at least {meta['ge']}")
+
+
+# -----------------------------------------------------------------------------
+# Files: written whole or not at all, and locked while somebody is at work
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A binary file that replaces `path` when it is complete and on the disk; else nothing does."""
+    tmp = f"{path}.tmp"
+    try:
+        with open(tmp, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        if os.name == "posix":  # the new name is on the disk when its folder is
+            fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(tmp)
+        raise
+
+
+def keep_copy(source, path):
+    """A second name for the same bytes; a copy where the file system cannot link."""
+    try:
+        os.link(source, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except OSError:
+        with open(source, "rb") as old, atomic_write(path) as new:
+            shutil.copyfileobj(old, new)
+
+
+def try_lock(f):
+    """Lock an open file, or False where another process has it. The lock dies with its process."""
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            f.seek(0)
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        return True
+    except OSError:
+        return False
+
+
+# -----------------------------------------------------------------------------
+# The folder of a run
+
+
+def lock_log_dir(folder):
+    """Refuse a second live run on `folder`; returns the open lock file."""
+    f = open(os.path.join(folder, ".lock"), "a+")
+    for _ in range(20):  # a worker that torchrun has just killed may need a moment to go
+        if try_lock(f):
+            return f
+        time.sleep(0.1)
+    f.close()
+    raise UserError(f"another run is writing to {folder}: wait for its end, or choose another "
+                    "--log_dir")
+
+
+def open_log_dir(folder, resumed):
+    """Make `folder` ready and locked; an older run in it is moved to the first free folder.N."""
+    marks = [glob.glob(os.path.join(glob.escape(folder), p)) for p in ("*.txt", "*.json", "*.pt")]
+    try:
+        if not resumed and any(marks):
+            lock_log_dir(folder).close()
+            n = next(n for n in range(1, 10**6) if not os.path.exists(f"{folder}.{n}"))
+            os.rename(folder, f"{folder}.{n}")
+            say(f"the older run in {folder} is now in {folder}.{n}")
+        os.makedirs(folder, exist_ok=True)
+        return lock_log_dir(folder)
+    except OSError as e:
+        raise UserError(f"--log_dir {folder} cannot be written ({one_line(e)})") from None
+
+
+class RunLog:
+    """A text file of lines that begin with a step, so that a resume can cut it at a step.
+
+    A write that fails (disk full) is tried again with the next line; nothing is lost meanwhile.
+    """
+
+    def __init__(self, path, from_step):
+        self.path, self.pending, self.warned = path, b"", False
+        lines = []
+        if os.path.exists(path):
+            with open(path, "rb") as f:
+                lines = [line for line in f if line.endswith(b"\n") and line[:1].isdigit()]
+        kept = b"".join(line for line in lines if int(line.split()[0]) < from_step)
+        with atomic_write(path) as f:
+            f.write(kept)
+        self.good = len(kept)  # bytes known to be right: a torn write is overwritten from there
+
+    def write(self, line):
+        self.pending += line.encode() + b"\n"
+        try:
+            with open(self.path, "r+b") as f:
+                f.seek(self.good)
+                f.write(self.pending)
+                f.truncate()
+            self.good, self.pending = self.good + len(self.pending), b""
+        except OSError as e:
+            if not self.warned:
+                warn(f"{self.path} cannot be written now ({one_line(e)}); trying again each step")
+            self.warned = True
+
+
+class Reporter:
+    """All that a run tells: log.txt, samples.txt, curves.png, Weights & Biases. Main process."""
+
+    DIGITS = dict(train=6, val=4, hella=4, norm=4)
+
+    def __init__(self, folder, settings, from_step, project=""):
+        self.log = RunLog(os.path.join(folder, "log.txt"), from_step)
+        self.samples = RunLog(os.path.join(folder, "samples.txt"), from_step)
+        path = os.path.join(folder, "config.json")
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
+            settings["wandb_id"] = json.load(f)["wandb_id"]  # a resumed run is the same run there
+        settings.setdefault("wandb_id", os.urandom(4).hex())
+        with atomic_write(path) as f:
+            f.write(json.dumps(settings, indent=1).encode())
+        plot = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plot.py")
+        self.plot, self.drawing = [sys.executable, plot, folder], None
+        self.can_draw = importlib.util.find_spec("matplotlib") is not None
+        self.wandb = None
+        if project:
+            self.wandb = optional_import("wandb", "--wandb").init(
+                project=project, dir=folder, config=settings, id=settings["wandb_id"],
+                resume="allow")
+
+    def scalars(self, step, **values):
+        """`{step} {name} {value}` in log.txt for the four that are kept there; all to W&B."""
+        for name in self.DIGITS.keys() & values.keys():
+            self.log.write(f"{step} {name} {values[name]:.{self.DIGITS[name]}f}")
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def sample(self, step, i, text):
+        print(f"rank 0 sample {i}: {text}", flush=True)
+        self.samples.write(f"{step} sample {i}: {json.dumps(text, ensure_ascii=False)}")
+        if self.wandb:
+            self.wandb.log({f"sample {i}": text}, step=step)
+
+    def draw(self, wait=False):
+        """Redraw curves.png in a process of its own: training neither waits nor fails."""
+        if self.drawing and (wait or self.drawing.poll() is not None):
+            self.finish_drawing()
+        if self.can_draw and not self.drawing:
+            self.drawing = subprocess.Popen(self.plot, stdout=subprocess.DEVNULL,
+                                            stderr=subprocess.PIPE, text=True)
+            if wait:
+                self.finish_drawing()
+
+    def finish_drawing(self):
+        try:
+            errors = self.drawing.communicate(timeout=60)[1]
+        except subprocess.TimeoutExpired:
+            self.drawing.kill()
+            errors = self.drawing.communicate()[1]
+        if self.drawing.returncode:
+            warn(f"curves.png is not drawn any more: {errors.strip()[-200:] or 'it took 60 s'}")
+            self.can_draw = False
+        self.drawing = None
+
+    def close(self):
+        self.draw(wait=True)
+        if self.wandb:
+            self.wandb.finish()
+
+
+# -----------------------------------------------------------------------------
+# Processes: one, or several under torchrun
+
+GROUP_START_SECONDS = 60  # a process group that has not formed by then never will
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # one process may save this long while the others wait
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among all, and what they do together. One process is the plain case."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: object  # torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def sum(self, values):
+        """Sum of a list of numbers over the processes, entry by entry."""
+        if self.world_size == 1:
+            return values
+        import torch
+
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def broadcast(self, value):
+        """The main process's value (anything that pickles)."""
+        return self.gather(value if self.is_main else None)[0]
+
+    def gather(self, value):
+        """The values of all processes (anything that pickles), in the order of their ranks."""
+        box = [value] * self.world_size
+        if self.world_size > 1:
+            import torch
+
+            torch.distributed.all_gather_object(box, value)
+        return box
+
+    def together(self, fn, *args):
+        """fn(*args) on every process; a UserError of any of them is raised on all.
+
+        fn must not communicate: a process that fails would leave the others waiting.
+        """
+        result = error = None
+        try:
+            result = fn(*args)
+        except UserError as e:
+            error = str(e)
+        errors = self.gather(error)
+        for rank, message in enumerate(errors):
+            if message:
+                where = "" if rank == 0 or all(errors) else f"on rank {rank}: "
+                raise AgreedError(where + message)
+        return result
+
+
+def choose_device(name, local_rank, local_world_size):
+    """The device of this process: what was asked for, or the best there is."""
+    import torch
+
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if has_mps and local_world_size == 1 else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cuda", "mps", "cpu") or (index and not (kind == "cuda" and index.isdigit())):
+        raise UserError(f"--device {name}: choose cuda, cuda:0, cuda:1, ..., mps or cpu")
+    if kind == "mps" and not has_mps:
+        raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
+    if local_world_size > 1 and (index or kind == "mps"):
+        raise UserError(f"--device {name}: several processes need --device cuda or --device cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise UserError(f"--device {name}: no CUDA device is there; use --device cpu")
+    if local_world_size > count:
+        raise UserError(f"{local_world_size} processes on this machine but {count} GPUs: start "
+                        f"--nproc_per_node={count}")
+    if int(index or local_rank) >= count:
+        raise UserError(f"--device {name}: there are {count} CUDA devices, 0 to {count - 1}")
+    return torch.device("cuda", int(index or local_rank))
+
+
+@contextlib.contextmanager
+def processes(device_name):
+    """Yield this process's Dist, inside a process group where torchrun started several."""
+    import torch
+
+    defaults = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)
+    env = {k: int(os.environ.get(k, v)) for k, v in defaults.items()}
+    world_size = env["WORLD_SIZE"]
+    missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if world_size > 1 and missing:
+        raise UserError(f"WORLD_SIZE is {world_size} but {', '.join(sorted(missing))} is not set: "
+                        "start with torchrun")
+    device = choose_device(device_name, env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist = Dist(env["RANK"], env["LOCAL_RANK"], world_size, device)
+    if world_size == 1:
+        yield dist
+        return
+    watchdog = threading.Timer(GROUP_START_SECONDS, give_up)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None)
+        dist.gather(None)
+        watchdog.cancel()
+        yield dist
+    finally:
+        watchdog.cancel()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def give_up():
+    print(f"error: the processes did not find each other within {GROUP_START_SECONDS} s: check "
+          "that all nodes run and reach the rendezvous endpoint", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+class StopFlag:
+    """Set by SIGTERM, Ctrl-C or the death of torchrun; a second signal stops at once."""
+
+    def __init__(self):
+        self.signum, self.since, self.parent = 0, 0.0, os.getppid()
+        self.agreed = False  # all processes know
+        self.elastic = "TORCHELASTIC_RUN_ID" in os.environ
+
+    def install(self):
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self.catch)
+
+    def catch(self, signum, frame):
+        # Slurm signals both torchrun and its workers, and torchrun hands its own on: within a
+        # second it is the same signal.
+        if self.signum and time.monotonic() - self.since > 1:
+            os._exit(128 + signum)
+        if not self.signum:
+            self.signum, self.since = signum, time.monotonic()
+
+    def here(self):
+        """Nonzero where this process wants to stop."""
+        if self.elastic and os.getppid() != self.parent:
+            self.signum = self.signum or signal.SIGTERM
+        return self.signum
+
+    def anywhere(self, dist):
+        """Whether any process wants to stop; all must call it."""
+        self.agreed = sum(dist.sum([self.here()])) > 0
+        return self.agreed
+
+    @property
+    def status(self):
+        return 128 + (self.signum or signal.SIGTERM)
+
+
+# -----------------------------------------------------------------------------
+# What torch needs to be asked carefully
+
+
+def make_optimizer(kind, groups, zero, **settings):
+    """One torch optimizer, or with its state sharded over the processes (ZeRO stage 1,
+    Rajbhandari et al. 2020, arXiv 1910.02054)."""
+    if not zero:
+        return kind(groups, **settings)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(groups, optimizer_class=kind, **settings)
+
+
+def optimizer_state(optimizer, dist):
+    """The whole state_dict, on the main process, in the form it has when it is not sharded.
+
+    Collected tensor by tensor: ZeroRedundancyOptimizer's own way pickles each process's share.
+    """
+    if not hasattr(optimizer, "optim"):
+        return optimizer.state_dict()
+    import torch
+
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    mine = optimizer.optim.state
+    owners = dist.sum([dist.rank if p in mine else 0 for p in params])
+    # the main process holds at least the largest tensor: its state has the form of all the others
+    template = next(iter(mine.values()), {})
+    names = dist.broadcast([name for name, value in template.items() if value.dim()])
+    states = {}
+    for i, (p, owner) in enumerate(zip(params, owners, strict=True)):
+        states[i] = {k: v.clone() for k, v in template.items() if not v.dim()}  # the step counter
+        for name in names:
+            tensor = mine[p][name] if owner == dist.rank else torch.empty_like(p)
+            if owner and owner == dist.rank:
+                torch.distributed.send(tensor, 0)
+            elif owner and dist.is_main:
+                torch.distributed.recv(tensor, int(owner))
+            if dist.is_main:
+                states[i][name] = tensor.detach().cpu()
+    number = {id(p): i for i, p in enumerate(params)}
+    groups = [group | {"params": [number[id(p)] for p in group["params"]]}
+              for group in optimizer.param_groups]
+    return {"state": states, "param_groups": groups}
+
+
+def synchronize(device):
+    """Wait for what was started on the device."""
+    import torch
+
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def measure_matmul(device, dtype):
+    """FLOP/s that a large matrix product reaches on this device; takes about half a second."""
+    import torch
+
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best, spent = math.inf, 0.0
+    synchronize(device)
+    while spent < 0.5:
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        best, spent = min(best, seconds), spent + seconds
+    return 2 * n**3 / best
+
+
+def can_compile(device):
+    """Whether torch.compile works here; where it does not, a warning says why."""
+    import torch
+
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as e:  # whatever a missing gcc or Triton or an old GPU comes up with
+        warn(f"--compile is off, torch.compile does not work here ({one_line(e)})")
+        return False
