@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import glob
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -20,6 +21,8 @@ import threading
 import time
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 # -----------------------------------------------------------------------------
 # Talking to the user
@@ -273,8 +276,7 @@ class Reporter:
         settings.setdefault("wandb_id", os.urandom(4).hex())
         with atomic_write(path) as f:
             f.write(json.dumps(settings, indent=1).encode())
-        plot = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plot.py")
-        self.plot, self.drawing = [sys.executable, plot, folder], None
+        self.plot, self.drawing = [sys.executable, os.path.join(HERE, "plot.py"), folder], None
         self.can_draw = importlib.util.find_spec("matplotlib") is not None
         self.wandb = None
         if project:
@@ -322,6 +324,37 @@ class Reporter:
             self.wandb.finish()
 
 
+class Clock:
+    """Seconds of training steps; the first ones (compilation) and evaluation do not count."""
+
+    def __init__(self, warm_up=3):
+        self.steps, self.seconds = -warm_up, 0.0
+
+    def add(self, dt):
+        self.steps += 1
+        self.seconds += dt if self.steps > 0 else 0.0
+
+    @property
+    def mean(self):
+        """Seconds per step; 0.0 as long as it is not known."""
+        return self.seconds / self.steps if self.steps > 0 else 0.0
+
+
+def versions(*files):
+    """What a run ran on, for config.json: git commit, Python, torch, sha256 of files that exist."""
+    import torch
+
+    found = dict(python=sys.version.split()[0], torch=torch.__version__, git=None, sha256={})
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found["git"] = subprocess.run(
+            ["git", "-C", HERE, "describe", "--always", "--dirty"], timeout=10,
+            capture_output=True, text=True, check=True).stdout.strip()
+    for path in files:
+        with contextlib.suppress(OSError), open(path, "rb") as f:
+            found["sha256"][os.path.basename(path)] = hashlib.sha256(f.read()).hexdigest()
+    return found
+
+
 # -----------------------------------------------------------------------------
 # Processes: one, or several under torchrun
 
@@ -364,6 +397,16 @@ class Dist:
 
             torch.distributed.all_gather_object(box, value)
         return box
+
+    def check_same(self, flags):
+        """All processes must have been started with the same flags."""
+        everybody = self.gather(flags)
+        for rank, other in enumerate(everybody):
+            for name in sorted(everybody[0].keys() | other.keys()):
+                first, here = (f.get(name, "not given") for f in (everybody[0], other))
+                if first != here:
+                    raise AgreedError(f"--{name} is {first} on rank 0 but {here} on rank {rank}: "
+                                      "start all processes with the same flags")
 
     def together(self, fn, *args):
         """fn(*args) on every process; a UserError of any of them is raised on all.
@@ -557,6 +600,23 @@ def measure_matmul(device, dtype):
         seconds = time.perf_counter() - start
         best, spent = min(best, seconds), spent + seconds
     return 2 * n**3 / best
+
+
+def fits_gpu(attempt, n_bytes, device):
+    """Whether attempt() runs beside n_bytes and a twentieth of the GPU's memory."""
+    import torch
+
+    n_bytes += torch.cuda.get_device_properties(device).total_memory // 20
+    try:
+        reserve = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+        attempt()
+        synchronize(device)
+        del reserve
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
 
 
 def can_compile(device):

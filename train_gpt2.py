@@ -18,18 +18,14 @@ hellaswag.py scores the benchmark, plot.py draws the curves, common.py holds wha
 import codecs
 import contextlib
 import glob
-import hashlib
-import json
 import math
 import os
-import pickle
 import platform
-import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,14 +34,17 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import fineweb
+from checkpoint import (
+    check_resume, describe_data, export_hf, load_for_resume, read_checkpoint, save_checkpoint,
+    swap_conv1d,
+)
 from common import (
-    AgreedError, Dist, Parser, Reporter, RunError, StopFlag, UserError, add_flags, atomic_write,
-    can_compile, check_ranges, flag, keep_copy, make_optimizer, measure_matmul, one_line,
-    open_log_dir, optimizer_state, optional_import, processes, run_main, say, synchronize, warn,
+    HERE, AgreedError, Clock, Dist, Parser, Reporter, RunError, StopFlag, UserError, add_flags,
+    can_compile, check_ranges, fits_gpu, flag, make_optimizer, measure_matmul, one_line,
+    open_log_dir, optimizer_state, optional_import, processes, run_main, say, versions, warn,
 )
 from tokens import Data, open_data
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 SHARDS = os.path.join(HERE, "edu_fineweb10B")
 
 # -----------------------------------------------------------------------------
@@ -438,46 +437,6 @@ class GPT(nn.Module):
         return model
 
 
-# -----------------------------------------------------------------------------
-# Weights in and out: checkpoints, Hugging Face
-
-
-def swap_conv1d(state):
-    """OpenAI's checkpoints hold these four as (in, out), nn.Linear holds (out, in): transpose."""
-    four = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-    return {k: v.t().contiguous() if k.endswith(four) else v for k, v in state.items()}
-
-
-def read_checkpoint(path):
-    """Open a checkpoint, ours or build-nanogpt's, and prove it whole (zip CRC) and harmless.
-
-    Returns its dict, with the prefixes of torch.compile and DDP stripped from the names of the
-    weights and the config as a plain dict. Raises UserError for anything else: a damaged file,
-    a file of another kind, a pickle that wants to run code.
-    """
-    classes = [(GPTConfig, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2")]
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"damaged in {damaged}")
-        with torch.serialization.safe_globals(classes):  # build-nanogpt pickles its config object
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = checkpoint["config"]
-        checkpoint["config"] = dict(config if isinstance(config, dict) else vars(config))
-        checkpoint["model"] = {k.removeprefix("module.").removeprefix("_orig_mod."): v
-                               for k, v in checkpoint["model"].items()}
-        GPTConfig(**checkpoint["config"])
-        return checkpoint
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} holds more than plain data and was not opened") from None
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, LookupError,
-            TypeError, AttributeError) as e:
-        raise UserError(f"{path} is not a good checkpoint ({one_line(e)})") from None
-
-
 def load_model(checkpoint, path):
     """The GPT of an opened checkpoint."""
     model = GPT(GPTConfig(**checkpoint["config"]))
@@ -494,26 +453,6 @@ def load_weights(name, device="cpu"):
         return GPT.from_pretrained(name).to(device), "gpt2"
     checkpoint = read_checkpoint(name)
     return load_model(checkpoint, name).to(device), checkpoint.get("tokenizer", "gpt2")
-
-
-def export_hf(model, folder):
-    """Write `folder` so that transformers loads it as a GPT-2; padding rows are cut off."""
-    c = model.config
-    if (c.pos, c.mlp, c.norm) != ("learned", "gelu", "layernorm"):
-        raise UserError(f"Hugging Face's GPT-2 has no --pos {c.pos} --mlp {c.mlp} --norm {c.norm}: "
-                        "only the faithful model can be exported")
-    transformers = optional_import("transformers", "--export_hf")
-    n_vocab = min(c.vocab_size, 50257)
-    config = transformers.GPT2Config(vocab_size=n_vocab, n_positions=c.block_size, n_embd=c.n_embd,
-                                     n_layer=c.n_layer, n_head=c.n_head, resid_pdrop=0.0,
-                                     embd_pdrop=0.0, attn_pdrop=0.0)
-    hf = transformers.GPT2LMHeadModel(config)
-    state = swap_conv1d(model.state_dict())
-    for name in ("transformer.wte.weight", "lm_head.weight"):
-        state[name] = state[name][:n_vocab]
-    hf.load_state_dict(state)
-    hf.save_pretrained(folder)
-    say(f"wrote {folder}: GPT2LMHeadModel.from_pretrained({folder!r}) loads it")
 
 
 # -----------------------------------------------------------------------------
@@ -789,95 +728,15 @@ def evaluate_only(run):
         print()
 
 
-# -----------------------------------------------------------------------------
-# Checkpoints: plain data that torch.load(weights_only=True) reads without this code
-
-
-def save_checkpoint(run, keep=False, must=False):
-    """Write last.pt, and with `keep` model_{step:05d}.pt. All processes call it.
-
-    A save that fails leaves the older files as they were. It is a warning, or with `must` the end.
-    """
-    start, folder, step = time.perf_counter(), run.cfg.log_dir, run.step
+def save(run, keep=False, must=False):
+    """Write a checkpoint. All processes call it: under --zero each gives its share."""
     optimizers = {k: optimizer_state(o, run.dist) for k, o in run.optimizers.items()}
-    if not run.dist.is_main:
-        return
-    state = dict(
-        model=run.raw_model.state_dict(), optimizer=optimizers, scaler=run.scaler.state_dict(),
-        step=step, config=asdict(run.raw_model.config), flags=asdict(run.cfg),
-        tokenizer=run.data.tokenizer_name, data=run.data.identity, val_loss=run.val_loss,
-        rng=torch.get_rng_state())
-    last = os.path.join(folder, "last.pt")
-    try:
-        with atomic_write(last) as f:
-            torch.save(state, f)
-        if keep:
-            keep_copy(last, os.path.join(folder, f"model_{step:05d}.pt"))
-        say(f"saved {last}: step {step}, {os.path.getsize(last) / 1e6:,.0f} MB in "
-            f"{time.perf_counter() - start:.2f} s")
-    except (OSError, RuntimeError) as e:
-        message = (f"step {step} could not be saved ({one_line(e)}); the last good checkpoint in "
-                   f"{folder} is as it was")
-        if must:
-            raise RunError(f"{message}; make room and use --resume") from None
-        warn(f"{message}; training goes on and the next save tries again")
-
-
-def find_checkpoint(folder):
-    """(path, checkpoint) of the newest good one in `folder`, (None, None) where there is none."""
-    last = os.path.join(folder, "last.pt")
-    paths = [last] * os.path.exists(last) + sorted(
-        glob.glob(os.path.join(glob.escape(folder), "model_*.pt")), reverse=True)
-    for path in paths:
-        try:
-            checkpoint = read_checkpoint(path)
-            if not {"optimizer", "flags", "data", "step"} <= checkpoint.keys():
-                raise UserError(f"{path} holds weights only: start from it with --init")
-            return path, checkpoint
-        except UserError as e:
-            warn(f"{e}" + ("; trying the next older one" if path != paths[-1] else ""))
-    if paths:
-        raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be resumed; to "
-                        "start afresh, leave out --resume")
-    return None, None
-
-
-def load_for_resume(folder, dist):
-    """The checkpoint that --resume goes on from, the same on all processes; None: there is none."""
-    path, checkpoint = dist.together(find_checkpoint, folder) if dist.is_main else (
-        dist.together(lambda: (None, None)))
-    path = dist.broadcast(path)
-
-    def load():
-        if path and not os.path.exists(path):
-            raise UserError(f"{path} is not there on {platform.node()}: on several nodes --log_dir "
-                            "must be on shared storage")
-        return checkpoint if dist.is_main or not path else read_checkpoint(path)
-
-    checkpoint = dist.together(load)
-    if path:
-        say(f"resuming from {path}, step {checkpoint['step']}")
-    return checkpoint
-
-
-def check_resume(cfg, identity, saved):
-    """Refuse to go on with settings or data that would change the mathematics of the run."""
-    now = {f"--{k}": v for k, v in asdict(cfg).items() if k not in ELASTIC}
-    then = {f"--{k}": v for k, v in saved["flags"].items() if k not in ELASTIC}
-    if identity:
-        now["--data"], then["--data"] = describe_data(identity), describe_data(saved["data"])
-    rows = [(k, then.get(k), v) for k, v in now.items() if v != then.get(k)]
-    if rows:
-        table = "".join(f"\n  {flag:20} | {old!s:30} | {new}" for flag, old, new in
-                        [("flag", "checkpoint", "now"), *rows])
-        raise UserError(f"this run cannot go on with other settings: leave the flags out, or start "
-                        f"a new run in another --log_dir{table}")
-
-
-def describe_data(identity):
-    """The data's identity in one line, so that two can be compared by eye."""
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    return f"{identity['kind']}, {identity['tokens']:,} tokens, {digest}"
+    if run.dist.is_main:
+        save_checkpoint(dict(
+            model=run.raw_model.state_dict(), optimizer=optimizers, scaler=run.scaler.state_dict(),
+            step=run.step, config=asdict(run.raw_model.config), flags=asdict(run.cfg),
+            tokenizer=run.data.tokenizer_name, data=run.data.identity, val_loss=run.val_loss,
+            rng=torch.get_rng_state()), run.cfg.log_dir, keep, must)
 
 
 # -----------------------------------------------------------------------------
@@ -984,16 +843,6 @@ def best_dtype(device):
     return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
 
 
-def check_same_flags(given, dist):
-    """All processes must have been started with the same flags."""
-    for rank, other in enumerate(dist.gather(given)):
-        for name in sorted(given.keys() | other.keys()):
-            mine, theirs = (flags.get(name, "not given") for flags in (given, other))
-            if mine != theirs:
-                raise UserError(f"--{name} is {theirs} on rank {rank} but {mine} on rank "
-                                f"{dist.rank}: start all processes with the same flags")
-
-
 def check_batch(cfg, world_size):
     """Rows per process and step, or UserError with the nearest total_batch_size that works."""
     rows = cfg.T * world_size * (cfg.B or 1)
@@ -1056,34 +905,24 @@ def choose_B(cfg, rows, model, dist):
     """Rows per micro-step: what --B says, or the largest power of two that divides and fits."""
     if cfg.B:
         return cfg.B
+    device, dtype = dist.device, getattr(torch, cfg.dtype)
     sizes = [b for b in (64, 32, 16, 8, 4, 2, 1) if rows % b == 0]
-    if dist.device.type != "cuda":
+    if device.type != "cuda":
         return next(b for b in sizes if b <= 4)
-    fits = min(dist.gather(next((b for b in sizes if fits_gpu(cfg, b, model, dist.device)), 0)))
-    if not fits:
-        raise AgreedError("not even --B 1 fits the GPU: use a smaller --T or a smaller model")
-    return fits
 
-
-def fits_gpu(cfg, B, model, device):
-    """Try an eager forward and backward, beside as much memory as the optimizer will want."""
-    dtype = getattr(torch, cfg.dtype)
-    spare = torch.cuda.get_device_properties(device).total_memory // 20
-    try:
-        reserve = torch.empty(8 * sum(p.numel() for p in model.parameters()) + spare,
-                              dtype=torch.uint8, device=device)
+    def attempt(B):  # eager: a compiled step needs less
         idx = torch.zeros(B, cfg.T, dtype=torch.long, device=device)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             _, loss = model(idx, idx)
         loss.backward()
-        synchronize(device)
-        del reserve, loss, idx
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
+
+    adamw_bytes = 8 * sum(p.numel() for p in model.parameters())
+    largest = next((b for b in sizes if fits_gpu(partial(attempt, b), adamw_bytes, device)), 0)
+    model.zero_grad(set_to_none=True)
+    B = min(dist.gather(largest))
+    if not B:
+        raise AgreedError("not even --B 1 fits the GPU: use a smaller --T or a smaller model")
+    return B
 
 
 def make_run(cfg, saved, init_model, data, dist):
@@ -1150,38 +989,15 @@ def describe_run(run):
     if cfg.warmup_steps > cfg.max_steps:
         warn(f"--warmup_steps {cfg.warmup_steps} is beyond --max_steps {cfg.max_steps}: the "
              "learning rate never reaches its peak")
-    git, manifest = None, os.path.join(cfg.data or SHARDS, fineweb.MANIFEST)
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], timeout=10,
-                             capture_output=True, text=True, check=True).stdout.strip()
-    digest = None
-    with contextlib.suppress(OSError), open(manifest, "rb") as f:
-        digest = hashlib.sha256(f.read()).hexdigest()
     return dict(flags=asdict(cfg), model=asdict(run.raw_model.config), B=loader.B,
                 micro_steps=loader.micro_steps, processes=run.dist.world_size,
-                device=f"{device} ({name})", compile=run.compiled, git=git, data=data.identity,
-                python=platform.python_version(), torch=torch.__version__,
-                manifest_sha256=digest, tokenizer=data.tokenizer_name)
+                device=f"{device} ({name})", compile=run.compiled, data=data.identity,
+                tokenizer=data.tokenizer_name, 
+                **versions(os.path.join(cfg.data or SHARDS, fineweb.MANIFEST)))
 
 
 # -----------------------------------------------------------------------------
 # The loop
-
-
-class Clock:
-    """Seconds of training steps; the first ones (compilation) and evaluation do not count."""
-
-    def __init__(self, warm_up=3):
-        self.steps, self.seconds = -warm_up, 0.0
-
-    def add(self, dt):
-        self.steps += 1
-        self.seconds += dt if self.steps > 0 else 0.0
-
-    @property
-    def mean(self):
-        """Seconds per step; 0.0 as long as it is not known."""
-        return self.seconds / self.steps if self.steps > 0 else 0.0
 
 
 def show_step(run, step, loss, norm, lr, dt, clock):
@@ -1215,7 +1031,7 @@ def train(run):
             break
         keep = last_step or is_due(step, cfg.checkpoint_every)
         if keep or is_due(step, cfg.save_every):
-            save_checkpoint(run, keep, must=last_step)
+            save(run, keep, must=last_step)
         if last_step:
             break
         t0 = time.perf_counter()
@@ -1228,7 +1044,7 @@ def train(run):
         if run.stop.agreed:
             break
     if run.stop.agreed:
-        save_checkpoint(run, must=True)
+        save(run, must=True)
         say(f"stopped by a signal at step {run.step}; the same command with --resume goes on")
         return run.stop.status
     rate = f", {cfg.total_batch_size / clock.mean:,.0f} tok/s" if clock.mean else ""
@@ -1269,7 +1085,7 @@ def train_and_report(run, saved):
 
 def run_command(given, dist):
     """What the flags ask for, on this process. Returns the exit status."""
-    check_same_flags(given, dist)
+    dist.check_same(given)
     aside = [f for f in ("eval_only", "export_hf", "inspect") if given.get(f, False) is not False]
     saved, init = None, (None, None, {})
     if given.get("resume"):
@@ -1284,7 +1100,8 @@ def run_command(given, dist):
         model = init[0] or load_model(saved, "the checkpoint")
         return export_hf(model, cfg.export_hf) if dist.is_main else 0
     if saved and not cfg.eval_only:
-        check_resume(cfg, None, saved)
+        check_resume(*({f"--{k}": v for k, v in flags.items() if k not in ELASTIC}
+                       for flags in (asdict(cfg), saved["flags"])))
     if saved and saved["step"] == cfg.max_steps and not aside:
         say(f"the run in {cfg.log_dir} is finished: {cfg.max_steps} steps, validation loss "
             f"{saved['val_loss']:.4f}")
@@ -1292,7 +1109,7 @@ def run_command(given, dist):
     data = open_data(cfg.data or SHARDS, saved["tokenizer"] if saved else init[1], dist,
                      optional=cfg.eval_only and "data" not in given)
     if saved and not cfg.eval_only:
-        check_resume(cfg, data.identity, saved)
+        check_resume(*({"--data": describe_data(d)} for d in (data.identity, saved["data"])))
     if cfg.inspect is not None:
         check_batch(replace(cfg, B=1), 1)
         loader = DataLoaderLite(1, cfg.T, 0, 1, data.train, cfg.total_batch_size // cfg.T,
