@@ -4,16 +4,16 @@ FineWeb-Edu, or any text, as token shards: this file makes them, checks them and
     python fineweb.py                              # 10B tokens -> edu_fineweb10B/ beside this file
     python fineweb.py --max_tokens 200000000       # a first try: two shards
     python fineweb.py --streaming                  # no copy of the data set on disk
-    python fineweb.py --files 'texts/*.txt' --out mine   # .parquet, .jsonl, .jsonl.gz, .txt
-    python fineweb.py --verify                     # sizes and sha256 of a finished set
+    python fineweb.py --files 'texts/*.txt' --out mine --shard_size 1000000
+    python fineweb.py --verify                     # sizes and sha256 of what was made
 
 A shard is a plain 1-D uint16 .npy file of GPT-2 token ids. A document is <|endoftext|> and then its
 ordinary tokens; documents follow each other and run on from one shard into the next. The first
 shard is the validation split: edufineweb_val_000000.npy, edufineweb_train_000001.npy, ...
 
 manifest.json, beside the shards, says what was asked for and, for each shard, its tokens,
-documents, sha256 and where in the source it ends. Killed at any moment, a rerun continues behind
-the last shard listed there, and the result is the same bytes.
+documents, sha256 and where in the source it begins and ends. Killed at any moment, a rerun goes on
+behind the last shard listed there, and the result is the same bytes.
 """
 
 import argparse
@@ -43,12 +43,10 @@ import numpy as np
 
 EOT = 50256  # <|endoftext|>, the one special token of GPT-2; it stands before each document
 DATASET, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
-MANIFEST = "manifest.json"
+OUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "edu_fineweb10B")
+MANIFEST, MANIFEST_FORMAT = "manifest.json", "fineweb.py 1"
+LOCK, SHUFFLE_COPY = ".lock", ".documents.arrow"
 TEMPORARY = ".tmp"  # ends the name of a file until it is whole
-SHUFFLE_COPY = ".documents.arrow"
-LOCK = ".lock"
-MANIFEST_FORMAT = "fineweb.py 1"
-PIECE = 1 << 16  # tokens looked at together when a whole shard is read: 128 KB
 
 
 class UserError(Exception):
@@ -71,8 +69,7 @@ HOW_TO_GET_GPT2 = (
 def byte_of_id():
     """(256,) uint8: the byte that GPT-2's token ids 0..255 stand for, printable bytes first."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in set(printable)]
-    return np.array(printable + rest, dtype=np.uint8)
+    return np.array(printable + sorted({*range(256)} - {*printable}), dtype=np.uint8)
 
 
 class Tokenizer:
@@ -83,8 +80,7 @@ class Tokenizer:
     """
 
     def __init__(self, bpe=None, why=None):
-        self.name = "gpt2" if bpe else "bytes"
-        self.n_vocab = 50257 if bpe else 256
+        self.name, self.n_vocab = ("gpt2", 50257) if bpe else ("bytes", 256)
         self.why = why
         self._bpe = bpe
         self._byte_of_id = byte_of_id()
@@ -92,23 +88,20 @@ class Tokenizer:
 
     def encode(self, text):
         """The tokens of a text as uint16 (n,); '<|endoftext|>' in it is text like any other."""
-        if self._bpe:
-            # As encode_ordinary, 15 % faster: no Python list, and no token is a special one.
-            try:
-                return self._bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-            except UnicodeEncodeError:  # half a surrogate pair, which encode_ordinary replaces
-                return np.array(self._bpe.encode_ordinary(text), dtype=np.uint16)
-        return self._id_of_byte[np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)]
+        if not self._bpe:
+            return self._id_of_byte[np.frombuffer(text.encode("utf-8", "replace"), np.uint8)]
+        try:  # the same as encode_ordinary, 15 % faster: it makes no list
+            return self._bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except (UnicodeEncodeError, AttributeError):  # half a surrogate pair; an old tiktoken
+            return np.array(self._bpe.encode_ordinary(text), dtype=np.uint16)
 
     def decode_bytes(self, ids):
         """The bytes of token ids; a token may be part of a character."""
         if self._bpe:
             return self._bpe.decode_bytes([int(i) for i in ids])
-        table = self._byte_of_id
-        return b"".join(
-            bytes([table[i]]) if i < 256 else b"<|endoftext|>" if i == EOT else "\ufffd".encode()
-            for i in ids
-        )
+        known = dict(enumerate(bytes([b]) for b in self._byte_of_id))
+        known[EOT] = b"<|endoftext|>"
+        return b"".join(known.get(int(i), b"\xef\xbf\xbd") for i in ids)  # or U+FFFD
 
     def decode(self, ids):
         """The text of token ids, with U+FFFD for what is not a whole character."""
@@ -122,9 +115,7 @@ def get_tokenizer(name=None, timeout=10.0):
     """
     if name not in (None, "gpt2", "bytes"):
         raise UserError(f"tokenizer {name!r} is not known; there are gpt2 and bytes")
-    if name == "bytes":
-        return Tokenizer()
-    bpe, why = load_bpe(timeout)
+    bpe, why = (None, None) if name == "bytes" else load_bpe(timeout)
     if bpe is None and name == "gpt2":
         raise UserError(f"GPT-2's vocabulary cannot be had ({why}); {HOW_TO_GET_GPT2}")
     return Tokenizer(bpe, why)
@@ -136,21 +127,24 @@ def load_bpe(timeout):
         import tiktoken
     except ImportError:
         return None, "tiktoken is not installed: pip install tiktoken"
-    result = {}
+    bpe, why = [], [f"no answer from the network within {timeout:g} s"]
 
     def load():
         try:
-            result["bpe"] = tiktoken.get_encoding("gpt2")
-        except Exception as e:  # whatever the network, a proxy or a cache folder comes up with
-            result["why"] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
+            bpe.append(tiktoken.get_encoding("gpt2"))
+        except Exception as e:  # whatever a network, a proxy or a cache folder comes up with
+            why.insert(0, first_line(e, 100))
 
     # tiktoken downloads without a time limit: behind a silent proxy it would hang for ever.
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
     thread.join(timeout)
-    return result.get("bpe"), None if "bpe" in result else result.get(
-        "why", f"no answer from the network within {timeout:g} s"
-    )
+    return (bpe[0], None) if bpe else (None, why[0])
+
+
+def first_line(e, length=250):
+    """An exception as one short line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())}"[:length]
 
 
 # -----------------------------------------------------------------------------
@@ -159,6 +153,7 @@ def load_bpe(timeout):
 BIN_HEADER_BYTES = 256 * 4  # of llm.c's .bin: 256 int32, first magic, version and token count
 BIN_MAGIC, BIN_VERSION = 20240520, 1
 MAX_OPEN_FILES = 64
+PIECE = 1 << 16  # tokens looked at together when a whole shard is read: 128 KB
 
 
 class Shard(NamedTuple):
@@ -174,17 +169,17 @@ class Shard(NamedTuple):
 class TokenStream:
     """
     The tokens of a split as one stream, read by position. Reading is seek and read, not a memory
-    map: pages of a map count as resident memory and a run would end up with all of the data in it.
+    map: pages of a map count as resident memory, and a run would end up with all of the data in it.
     """
 
     def __init__(self, shards):
         self.names = [s.name for s in shards]
         self.counts = [s.count for s in shards]
         self._shards = shards
-        self._starts = [0, *np.cumsum(self.counts, dtype=np.int64).tolist()]
+        self._starts = [0, *itertools.accumulate(self.counts)]
         self._files = collections.OrderedDict()  # shard index -> open file, least recent first
         self._lock = threading.Lock()  # a file has one position, and a loader may prefetch
-        self._counted = (0, 0, 0)  # shard, positions looked at, EOTs in them
+        self._counted = (0, 0, 0)  # shard, tokens looked at, EOTs among them
 
     def __len__(self):
         return self._starts[-1]
@@ -257,8 +252,7 @@ def split_of(name):
     """'train' or 'val' for the file name of a shard, None for any other file."""
     if name.startswith(".") or not name.endswith((".npy", ".bin")):
         return None
-    words = re.findall(r"(?<![a-zA-Z])(train|val)(?![a-zA-Z])", name)
-    return words[-1] if words else None
+    return ([None] + re.findall(r"(?<![a-zA-Z])(train|val)(?![a-zA-Z])", name))[-1]
 
 
 def open_shards(folder, split):
@@ -267,21 +261,17 @@ def open_shards(folder, split):
     and sizes are checked, and compared with the manifest where there is one, without reading the
     tokens. Raises UserError.
     """
-    folder = os.fspath(folder)
-    hint = "run `python fineweb.py`, or name the folder that holds them"
-    try:
-        names = sorted(n for n in os.listdir(folder) if split_of(n))
-    except OSError as e:
-        raise UserError(f"no {split} shards in {folder} ({e.strerror}); {hint}") from e
-    mine = [n for n in names if split_of(n) == split]
+    folder, found = os.fspath(folder), []
+    with contextlib.suppress(OSError):
+        found = sorted(n for n in os.listdir(folder) if split_of(n))
+    mine = [n for n in found if split_of(n) == split]
     if not mine:
+        hint = "run `python fineweb.py`, or name the folder that holds them"
         raise UserError(f"no {split} shards in {folder}; {hint}")
-    kinds = {n[-4:]: n for n in names}
+    kinds = {n[-4:]: n for n in found}
     if len(kinds) > 1:
-        raise UserError(
-            f"{folder} holds two data sets, {kinds['.npy']} and {kinds['.bin']}; keep the .npy or "
-            "the .bin files"
-        )
+        both = " and ".join(kinds.values())
+        raise UserError(f"{folder} holds two data sets, {both}; keep the .npy or the .bin files")
     shards = [open_shard(os.path.join(folder, n)) for n in mine]
     compare_with_manifest(folder, split, {s.name: s.count for s in shards})
     return TokenStream(shards)
@@ -289,32 +279,28 @@ def open_shards(folder, split):
 
 def open_shard(path):
     """The Shard in a .npy or .bin file, from its header and its size. Raises UserError."""
-    name = os.path.basename(path)
     try:
         with open(path, "rb") as f:
-            read_header = read_npy_header if path.endswith(".npy") else read_bin_header
-            count = read_header(f, path)
-            start = f.tell()
-            size = os.fstat(f.fileno()).st_size
+            count = (read_npy_header if path.endswith(".npy") else read_bin_header)(f, path)
+            start, size = f.tell(), os.fstat(f.fileno()).st_size
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from e
     if count == 0:
         raise UserError(f"{path} holds no tokens; delete it")
     if size != start + 2 * count:
         raise UserError(
-            f"{path} has {size:,} bytes and its header says {start + 2 * count:,}; it is damaged: "
+            f"{path} has {size:,} bytes and its header says {start + 2 * count:,}: it is damaged; "
             "delete it and make or copy it again"
         )
-    return Shard(name, count, path, start)
+    return Shard(os.path.basename(path), count, path, start)
 
 
 def read_npy_header(f, path):
-    """Number of tokens in a .npy file open at its start; leaves it open at the first token."""
+    """Number of tokens in a .npy file; leaves it open at the first of them."""
     form = np.lib.format
     try:
-        version = form.read_magic(f)
-        read = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
-        shape, _, dtype = read(f)
+        read = {1: form.read_array_header_1_0, 2: form.read_array_header_2_0}
+        shape, _, dtype = read[form.read_magic(f)[0]](f)
     except Exception as e:  # numpy promises ValueError, and a garbled header gives others too
         raise UserError(f"{path} is not a .npy file of tokens; delete it or move it away") from e
     if dtype != np.dtype("<u2") or len(shape) != 1:
@@ -327,8 +313,7 @@ def read_npy_header(f, path):
 
 def read_bin_header(f, path):
     """The same for a .bin file as llm.c and modded-nanogpt write them."""
-    raw = f.read(BIN_HEADER_BYTES)
-    header = np.frombuffer(raw.ljust(BIN_HEADER_BYTES, b"\0"), dtype="<i4")
+    header = np.frombuffer(f.read(BIN_HEADER_BYTES).ljust(BIN_HEADER_BYTES, b"\0"), dtype="<i4")
     if header[0] != BIN_MAGIC or header[1] != BIN_VERSION or header[2] < 0:
         raise UserError(
             f"{path} is not a .bin file of GPT-2 tokens (256 int32: {BIN_MAGIC}, {BIN_VERSION}, "
@@ -343,17 +328,15 @@ def load_manifest(folder):
     try:
         with open(path, encoding="utf-8") as f:
             manifest = json.load(f)
-        if manifest["format"] != MANIFEST_FORMAT:
-            raise ValueError(f"format {manifest['format']!r}")
-        for shard in manifest["shards"]:
-            shard["name"], int(shard["tokens"]), shard["sha256"]
+        assert manifest["format"] == MANIFEST_FORMAT
+        assert all({"name", "tokens", "sha256"} <= set(s) for s in manifest["shards"])
+        return manifest
     except FileNotFoundError:
         return None
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is not a manifest of fineweb.py; move it away") from e
-    return manifest
+    except (ValueError, KeyError, TypeError, AssertionError) as e:
+        raise UserError(f"{path} is not a manifest of this fineweb.py; move it away") from e
 
 
 def compare_with_manifest(folder, split, counts):
@@ -362,13 +345,11 @@ def compare_with_manifest(folder, split, counts):
     if manifest is None:
         return
     listed = {s["name"]: s["tokens"] for s in manifest["shards"] if split_of(s["name"]) == split}
-    faults = [f"{n} is missing" for n in listed if n not in counts]
-    faults += [f"{n} is not listed" for n in counts if n not in listed]
-    faults += [
-        f"{n} has {counts[n]:,} tokens, not {listed[n]:,}"
-        for n in counts
-        if n in listed and counts[n] != listed[n]
-    ]
+    faults = [
+        f"{name} " + ("is missing" if name not in counts else "is not listed" if name not in listed
+                      else f"has {counts[name]:,} tokens, not {listed[name]:,}")
+        for name in sorted({*counts, *listed}) if counts.get(name) != listed.get(name)
+    ]  # fmt: skip
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(
@@ -395,8 +376,8 @@ def open_text(path, encode):
     if n == 0:
         raise UserError(f"{path} holds {len(tokens)} tokens, too few to train on; use more text")
     name = os.path.basename(path)
-    parts = [TokenStream([Shard(name, len(t), array=t)]) for t in (tokens[:n], tokens[n:])]
-    return *parts, hashlib.sha256(text.encode("utf-8")).hexdigest()
+    train, val = (TokenStream([Shard(name, len(t), array=t)]) for t in (tokens[:n], tokens[n:]))
+    return train, val, hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 # -----------------------------------------------------------------------------
@@ -440,7 +421,7 @@ class Table:
         self.order = None if seed is None else np.random.RandomState(seed).permutation(self.total)
 
     def jobs(self, first):
-        """Yields (first document, (first, end), None)."""
+        """Yields (first document, (first document, end), None)."""
         while first < self.total:
             end = min(first + self.per_job, self.total)
             yield first, (first, end), None
@@ -457,11 +438,11 @@ def expand(patterns):
     for pattern in patterns:
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
-            raise UserError(f"no file {pattern}")
+            raise UserError(f"no file {pattern}; check --files")
         paths += found
     for path in paths:
         if not path.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt")):
-            raise UserError(f"{path} is not .parquet, .jsonl, .jsonl.gz or .txt")
+            raise UserError(f"{path} is not .parquet, .jsonl, .jsonl.gz or .txt; check --files")
     return list(dict.fromkeys(paths))
 
 
@@ -497,23 +478,18 @@ def read_file(path, column):
         with open_lines(path) as f:
             for number, line in enumerate(f, 1):
                 if not line.isspace():
-                    yield read_json(line, f"{path} line {number}", column)
-
-
-def read_json(line, where, column):
-    """The text of one line of JSON."""
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object")
-    if not isinstance(row.get(column), str):
-        check_column(where, column, {k: type(v).__name__ for k, v in row.items()})
-    return row[column]
+                    row = json.loads(line) if line.lstrip().startswith("{") else {}
+                    if not isinstance(row.get(column), str):
+                        types = {k: type(v).__name__ for k, v in row.items()}
+                        check_column(f"{path} line {number}", column, types)
+                    yield row[column]
 
 
 def check_column(where, column, types):
     """Refuse a column that is not among {name: name of its type}, or holds no text."""
     if column not in types:
-        raise UserError(f"{where} has no column {column}; --text_column can be {', '.join(types)}")
+        names = ", ".join(types) or "nothing"
+        raise UserError(f"{where} has no column {column}, it has {names}; set --text_column")
     if types[column] not in ("string", "large_string", "str"):
         raise UserError(f"column {column} of {where} holds {types[column]}, not text")
 
@@ -535,19 +511,20 @@ def open_files(args):
     """--files as a source: Texts, or with --shuffle a Table of a copy that can be read anywhere."""
     for path in args.files:  # first of all: a wrong column or a damaged file is seen at once
         next(read_files([path], args.text_column), None)
+    lines = any(".jsonl" in os.path.basename(p) for p in args.files)  # to count them takes long
+    texts = Texts(
+        functools.partial(read_files, args.files, args.text_column),
+        None if lines else sum(documents_in(p) for p in args.files),
+    )
     if args.shuffle is None:
-        known = not any(".jsonl" in os.path.basename(p) for p in args.files)
-        total = sum(documents_in(p) for p in args.files) if known else None
-        return Texts(functools.partial(read_files, args.files, args.text_column), total)
+        return texts
     import datasets
     import pyarrow as pa
 
     path, schema = os.path.join(args.out, SHUFFLE_COPY), pa.schema([("text", pa.large_string())])
     with writing(path), pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as copy:
-        for _, texts, _ in Texts(functools.partial(read_files, args.files, args.text_column)).jobs(
-            0
-        ):
-            copy.write_batch(pa.record_batch([pa.array(texts, pa.large_string())], schema=schema))
+        for _, some, _ in texts.jobs(0):
+            copy.write_batch(pa.record_batch([pa.array(some, pa.large_string())], schema=schema))
     return Table(datasets.Dataset.from_file(path), "text", args.shuffle)
 
 
@@ -560,11 +537,9 @@ def open_hub(args, note):
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    where = {"split": args.split, "revision": args.revision, "streaming": args.streaming}
     try:
-        data = datasets.load_dataset(
-            args.dataset, args.name, split=args.split, revision=args.revision,
-            streaming=args.streaming,
-        )  # fmt: skip
+        data = datasets.load_dataset(args.dataset, args.name, **where)
     except Exception as e:
         raise hub_error(args.dataset, e) from e
     if data.features:
@@ -575,13 +550,13 @@ def open_hub(args, note):
         return Table(data, args.text_column, args.shuffle)
     total = getattr((data.info.splits or {}).get(args.split), "num_examples", None)
     if args.shuffle is not None:
+        print(f"--streaming shuffles the files and a buffer of {STREAM_BUFFER:,} documents")
         data = data.shuffle(seed=args.shuffle, buffer_size=STREAM_BUFFER)
         note = None
-        print(f"--streaming shuffles the files and a buffer of {STREAM_BUFFER:,} documents only")
     seen = [0]  # documents read
 
     def mark():
-        if args.shuffle is None:  # a shuffled stream's state lacks its buffer
+        if args.shuffle is None:  # the state of a shuffled stream lacks its buffer
             return {"datasets": datasets.__version__, "document": seen[0], "at": data.state_dict()}
 
     return Texts(functools.partial(read_stream, data, args, note, seen), total, mark)
@@ -591,9 +566,9 @@ def read_stream(data, args, note, seen, first):
     """Iterates over the texts of a streamed data set from document `first` on. Raises Fault."""
     import datasets
 
-    if note and note["datasets"] == datasets.__version__ and note["document"] <= first:
-        data.load_state_dict(note["at"])
-        seen[0] = note["document"]
+    near = note and note["datasets"] == datasets.__version__ and note["document"] <= first
+    seen[0] = note["document"] if near else 0
+    data.load_state_dict(note["at"] if near else None)
     try:
         for row in data:
             seen[0] += 1
@@ -601,24 +576,21 @@ def read_stream(data, args, note, seen, first):
                 if args.text_column not in row:
                     check_column(args.dataset, args.text_column, dict.fromkeys(row, "str"))
                 yield row[args.text_column]
-    except (UserError, GeneratorExit):
+    except UserError:
         raise
     except Exception as e:
         raise Fault(f"{args.dataset} cannot be read on: {first_line(e)}") from e
 
 
 def hub_error(dataset, e):
-    """The error to raise for one of load_dataset: the user's, where a name is wrong, or a Fault."""
+    """The error to raise for one of the hub's: the user's, where a name is wrong, or a Fault."""
     kinds = {t.__name__ for t in type(e).__mro__}
-    unknown = {"DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}
-    if kinds & unknown:
-        return UserError(
-            f"no dataset {dataset} that can be read ({first_line(e)}); check --dataset and "
-            "--revision, or log in with `hf auth login`"
-        )
+    if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}:
+        hint = "check --dataset and --revision, or log in with `hf auth login`"
+        return UserError(f"no dataset {dataset} that can be read ({first_line(e, 120)}); {hint}")
     if "ValueError" in kinds and "ArrowException" not in kinds:  # an unknown config or split
         return UserError(f"{dataset}: {first_line(e)}; check --name and --split")
-    return Fault(f"{dataset} cannot be had: {first_line(e)}")
+    return Fault(f"{dataset} cannot be had from the hub: {first_line(e)}; check the network")
 
 
 def resolve_revision(args):
@@ -633,12 +605,6 @@ def resolve_revision(args):
         raise hub_error(args.dataset, e) from e
 
 
-def first_line(e):
-    """An exception in one line, with the kind where the message says little."""
-    text = " ".join(str(e).split())
-    return f"{type(e).__name__}: {text}"[:300] if len(text) < 40 else text[:300]
-
-
 # -----------------------------------------------------------------------------
 # Workers: texts in, tokens out, in order
 
@@ -646,14 +612,14 @@ WORKER = {}  # in a worker process: what start_worker was given
 
 
 def start_worker(encode, table):
-    """Runs first in each worker, which ends when this process does, whatever ends it."""
+    """Runs first in each worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     threading.Thread(target=end_with_parent, daemon=True).start()
     WORKER.update(encode=encode, table=table)
 
 
 def end_with_parent():
-    multiprocessing.parent_process().join()
+    multiprocessing.parent_process().join()  # however it ends, a SIGKILL included
     os._exit(1)
 
 
@@ -664,8 +630,7 @@ def tokenize(texts, encode):
         if not isinstance(text, str):
             raise UserError(f"a document is {type(text).__name__}, not text; see --text_column")
         parts += [eot, encode(text)]
-    lengths = [1 + len(p) for p in parts[1::2]]
-    return np.concatenate(parts), np.array(lengths)
+    return np.concatenate(parts), np.array([1 + len(p) for p in parts[1::2]])
 
 
 def run_job(job):
@@ -674,9 +639,9 @@ def run_job(job):
 
 
 def start_workers(num_proc, encode, source):
-    # Spawned everywhere: fork would copy the threads' locks of pyarrow and of the hub's client.
+    # Spawned everywhere: a fork would copy locks that threads of pyarrow or of the hub hold.
     return concurrent.futures.ProcessPoolExecutor(
-        min(num_proc, 61) if os.name == "nt" else num_proc,  # Windows can wait for 61, not more
+        min(num_proc, 61) if os.name == "nt" else num_proc,  # Windows waits for 61 at most
         multiprocessing.get_context("spawn"),
         start_worker,
         (encode, source if isinstance(source, Table) else None),
@@ -686,22 +651,26 @@ def start_workers(num_proc, encode, source):
 def tokenized(source, pool, ahead, first):
     """
     Yields (first document, tokens, lengths, note) for all documents from `first` on, in order,
-    with up to `ahead` jobs given out beyond the one that is waited for.
+    with up to `ahead` jobs given out beyond the one that is waited for. Where the source breaks
+    off, what it gave before comes first and then its error.
     """
-    pending, jobs = collections.deque(), source.jobs(first)
+    pending, broken, jobs = collections.deque(), None, source.jobs(first)
     try:
-        for document, job, mark in jobs:
-            pending.append((document, pool.submit(run_job, job), mark))
-            if len(pending) > ahead:
-                document, result, mark = pending.popleft()
-                tokens, lengths = result.result()
-                source.per_job = max(
-                    1, min(JOB_DOCUMENTS, JOB_TOKENS * len(lengths) // len(tokens))
-                )
-                yield document, tokens, lengths, mark
-        while pending:
+        while True:
+            try:
+                while broken is None and len(pending) <= ahead and (job := next(jobs, None)):
+                    pending.append((job[0], pool.submit(run_job, job[1]), job[2]))
+            except (UserError, Fault) as e:
+                broken = e
+            if not pending:
+                break
             document, result, mark = pending.popleft()
-            yield document, *result.result(), mark
+            tokens, lengths = result.result()
+            per_job = JOB_TOKENS * len(lengths) // len(tokens)
+            source.per_job = max(1, min(JOB_DOCUMENTS, per_job))
+            yield document, tokens, lengths, mark
+        if broken:
+            raise broken
     finally:
         jobs.close()
         for _, result, _ in pending:
@@ -714,7 +683,7 @@ def tokenized(source, pool, ahead, first):
 
 @contextlib.contextmanager
 def writing(path):
-    """Says what could not be written, and why (a full disk), in a Fault."""
+    """Says in a Fault what could not be written, and why."""
     try:
         yield
     except OSError as e:
@@ -733,47 +702,8 @@ def put_in_place(f, path):
         os.close(folder)
 
 
-class ShardWriter:
-    """A shard on its way to disk, written as the tokens come; `room` tokens are still missing."""
-
-    def __init__(self, path, size):
-        self.path, self.size, self.room = path, size, size
-        self.documents, self.sha256 = 0, hashlib.sha256(npy_header(size))
-        with writing(path):
-            self._file = open(path + TEMPORARY, "w+b")
-            self._file.write(npy_header(size))
-
-    def add(self, tokens, documents):
-        with writing(self.path):
-            self._file.write(tokens.data)
-        self.sha256.update(tokens.data)
-        self.room -= len(tokens)
-        self.documents += documents
-
-    def finish(self, start, end):
-        """The shard is on disk under its name; returns its entry in the manifest."""
-        tokens = self.size - self.room
-        with writing(self.path):
-            if self.room:  # the last shard, shorter than its header has promised
-                self._file.seek(0)
-                self._file.write(npy_header(tokens))
-                self._file.seek(0)
-                self.sha256 = hash_file(self._file)
-            put_in_place(self._file, self.path)
-        return {
-            "name": os.path.basename(self.path),
-            "tokens": tokens,
-            "documents": self.documents,  # that begin in it
-            "sha256": self.sha256.hexdigest(),
-            "start": start,
-            "end": end,
-        }
-
-    def discard(self):
-        with contextlib.suppress(OSError):
-            self._file.close()  # may fail to write its last bytes
-        with contextlib.suppress(OSError):
-            os.remove(self.path + TEMPORARY)
+def shard_name(index):
+    return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
 
 
 def npy_header(count):
@@ -785,12 +715,52 @@ def npy_header(count):
 
 
 def hash_file(f, seen=lambda n: None):
-    """sha256 object over an open file, read in pieces; `seen` is told the bytes of each."""
+    """sha256 hex of an open file, read in pieces; `seen` is told the bytes of each."""
     sha256 = hashlib.sha256()
     while piece := f.read(1 << 20):
         sha256.update(piece)
         seen(len(piece))
-    return sha256
+    return sha256.hexdigest()
+
+
+class ShardWriter:
+    """A shard on its way to disk, written as the tokens come."""
+
+    def __init__(self, folder, index):
+        self.path = os.path.join(folder, shard_name(index))
+        self.tokens = self.documents = 0
+        with writing(self.path):
+            self._file = open(self.path + TEMPORARY, "w+b")
+            self._file.write(bytes(len(npy_header(0))))  # room for the header
+
+    def add(self, tokens, documents):
+        with writing(self.path):
+            self._file.write(tokens.data)
+        self.tokens += len(tokens)
+        self.documents += documents
+
+    def finish(self, start, end):
+        """The shard is on disk under its name; returns its entry in the manifest."""
+        with writing(self.path):
+            self._file.seek(0)
+            self._file.write(npy_header(self.tokens))
+            self._file.seek(0)
+            entry = {
+                "name": os.path.basename(self.path),
+                "tokens": self.tokens,
+                "documents": self.documents,  # that begin in it
+                "sha256": hash_file(self._file),
+                "start": start,
+                "end": end,
+            }
+            put_in_place(self._file, self.path)
+        return entry
+
+    def discard(self):
+        with contextlib.suppress(OSError):
+            self._file.close()  # may fail to write its last bytes
+        with contextlib.suppress(OSError):
+            os.remove(self.path + TEMPORARY)
 
 
 def pieces(batches, skip, size, left):
@@ -808,8 +778,7 @@ def pieces(batches, skip, size, left):
             b = min(a + room, a + left, len(tokens))
             d = int(np.searchsorted(ends, b, side="right"))  # documents that end by b
             end = {"document": first + d, "token": b - int(begins[d]) if d < len(begins) else 0}
-            begun = int(np.count_nonzero((begins >= a) & (begins < b)))
-            yield tokens[a:b], begun, end, mark
+            yield tokens[a:b], int(np.sum((begins >= a) & (begins < b))), end, mark
             left -= b - a
             room = room - (b - a) or size
             a = b
@@ -825,24 +794,19 @@ def write_shards(batches, folder, size, index, start, left, progress):
     shard = None
     try:
         for tokens, documents, end, mark in pieces(batches, start["token"], size, left):
-            shard = shard or ShardWriter(os.path.join(folder, shard_name(index)), size)
+            shard = shard or ShardWriter(folder, index)
             shard.add(tokens, documents)
             progress(len(tokens), end["document"])
-            if not shard.room:
-                done, shard = shard, None
-                yield done.finish(start, end), mark
-                start, index = end, index + 1
+            if shard.tokens == size:
+                yield shard.finish(start, end), mark
+                shard, start, index = None, end, index + 1
         if shard:
-            done, shard = shard, None
-            yield done.finish(start, end), None
+            yield shard.finish(start, end), None
+            shard = None
     finally:
         batches.close()
         if shard:
             shard.discard()
-
-
-def shard_name(index):
-    return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
 
 
 # -----------------------------------------------------------------------------
@@ -851,11 +815,9 @@ def shard_name(index):
 
 def save_manifest(folder, manifest):
     path = os.path.join(folder, MANIFEST)
-    with writing(path):
-        f = open(path + TEMPORARY, "w", encoding="utf-8")
-        with f:
-            json.dump(manifest, f, indent=1)
-            put_in_place(f, path)
+    with writing(path), open(path + TEMPORARY, "w", encoding="utf-8") as f:
+        json.dump(manifest, f, indent=1)
+        put_in_place(f, path)
 
 
 def settings_of(args, old):
@@ -868,132 +830,116 @@ def settings_of(args, old):
     if args.files:
         source = {"files": [[os.path.basename(p), os.path.getsize(p)] for p in args.files]}
     else:
-        if args.revision is None and old.get("dataset") == args.dataset:
-            args.revision = old.get("revision")
-        else:
-            args.revision = resolve_revision(args)
+        known = args.revision is None and old.get("dataset") == args.dataset
+        args.revision = old.get("revision") if known else resolve_revision(args)
         source = {k: getattr(args, k) for k in ("dataset", "name", "split", "revision")}
     rest = {k: getattr(args, k) for k in ("text_column", "shard_size", "max_tokens")}
     return {**source, **rest, "shuffle": shuffle, "tokenizer": "gpt2"}
 
 
-def open_folder(args):
+def open_manifest(args):
     """The manifest that a run into --out goes on from. Raises UserError, before time is spent."""
     manifest = load_manifest(args.out)
     old = manifest["settings"] if manifest else {}
     settings = settings_of(args, old)
     differ = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
-    if manifest and differ:
-        what = ", ".join(f"{k} {old.get(k)!r}, not {settings.get(k)!r}" for k in differ)
-        raise UserError(
-            f"{args.out} was made with {what}; choose another --out, or delete it"[:900]
-        )
-    if not manifest and any(split_of(n) for n in os.listdir(args.out)):
+    if manifest is None and any(split_of(n) for n in os.listdir(args.out)):
         raise UserError(f"{args.out} holds shards made by something else; choose another --out")
-    return manifest or {
-        "format": MANIFEST_FORMAT,
-        "settings": settings,
-        "complete": False,
-        "tokens": 0,
-        "documents": 0,
-        "shards": [],
-        "note": None,
-    }
+    if manifest is None:
+        empty = {"complete": False, "tokens": 0, "documents": 0, "shards": [], "note": None}
+        return {"format": MANIFEST_FORMAT, "settings": settings, **empty}
+    if differ:
+        what = ", ".join(f"{k} {old.get(k)!r}, not {settings.get(k)!r}" for k in differ)[:500]
+        raise UserError(f"{args.out} was made with {what}; choose another --out, or delete it")
+    return manifest
 
 
 @contextlib.contextmanager
 def only_writer(folder):
     """Holds a lock on the folder that ends with this process, where the system has such locks."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(os.path.join(folder, LOCK), "w") as f:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, LOCK), "w")
+    except OSError as e:
+        raise UserError(f"{folder} cannot be written: {e.strerror}; choose another --out") from e
+    with lock:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise UserError(f"another fineweb.py is writing to {folder}; wait for it") from e
+        except (ImportError, OSError):  # Windows, some network file systems
+            pass
         yield
 
 
 def prepare(args, tokenizer=None):
     """Make the shards that --out does not have yet."""
     started = time.perf_counter()
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        lock = only_writer(args.out)
-    except OSError as e:
-        raise UserError(f"{args.out} cannot be written: {e.strerror}; choose another --out") from e
-    with lock:
-        args.files = expand(args.files) if args.files else None
-        manifest = open_folder(args)
-        shards = manifest["shards"]
-        gone = [i for i, s in enumerate(shards) if not is_whole(args.out, s)]
+    args.files = expand(args.files) if args.files else None
+    with only_writer(args.out):
+        manifest = open_manifest(args)
+        gone = [i for i, s in enumerate(manifest["shards"]) if not is_whole(args.out, s)]
         if gone or not manifest["complete"]:
             tokenizer = tokenizer or get_tokenizer("gpt2", timeout=60)
             source = open_files(args) if args.files else open_hub(args, manifest["note"])
             args.writing = True
-            with start_workers(args.num_proc, tokenizer.encode, source) as pool:
-                try:
-                    make(source, pool, args, manifest, gone)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+            save_manifest(args.out, manifest)
+            pool = start_workers(args.num_proc, tokenizer.encode, source)
+            try:
+                make(source, pool, args, manifest, gone)
+            finally:
+                pool.shutdown(cancel_futures=True)
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(args.out, SHUFFLE_COPY))
-    print(
-        f"{args.out}: {manifest['tokens']:,} tokens of {manifest['documents']:,} documents in "
-        f"{len(shards)} shards, {sum(file_size(s) for s in shards) / 1e9:.2f} GB, "
-        f"{time.perf_counter() - started:.0f} s"
-    )
+    tokens, shards = manifest["tokens"], manifest["shards"]
+    size, seconds = sum(map(file_size, shards)) / 1e9, time.perf_counter() - started
+    print(f"{args.out}: {tokens:,} tokens of {manifest['documents']:,} documents in {len(shards)} "
+          f"shards, {size:.2f} GB, {seconds:.0f} s")  # fmt: skip
     if len(shards) == 1:
-        print(
-            f"all of it is the val shard; for train shards choose a --shard_size well below "
-            f"{manifest['tokens']:,}"
-        )
+        print(f"all of it is the val shard; for train shards, --shard_size well below {tokens:,}")
 
 
 def make(source, pool, args, manifest, gone):
     """Write again the shards number `gone`, and then all that are not in the manifest yet."""
     from tqdm import tqdm
 
-    shards, size = manifest["shards"], args.shard_size
+    shards = manifest["shards"]
     ahead = max(32, 3 * args.num_proc)  # enough to do while a shard is brought to disk
 
-    def write(index, start, left, progress):
+    def write(index, start, left, progress=lambda *_: None):
         batches = tokenized(source, pool, ahead, start["document"])
-        return write_shards(batches, args.out, size, index, start, left, progress)
+        return write_shards(batches, args.out, args.shard_size, index, start, left, progress)
 
     for i in gone:
-        for made, _ in write(i, shards[i]["start"], shards[i]["tokens"], lambda *_: None):
-            if made["sha256"] != shards[i]["sha256"]:
-                raise Fault(f"{made['name']} came out different: the source is not what it was")
-            print(f"{made['name']} made again")
-    if manifest["complete"]:
-        return
+        for entry, _ in write(i, shards[i]["start"], shards[i]["tokens"]):
+            if entry != shards[i]:
+                raise Fault(f"{entry['name']} came out different: the source is not what it was")
+            print(f"{entry['name']} made again")
     start = shards[-1]["end"] if shards else {"document": 0, "token": 0}
-    left = math.inf if args.max_tokens is None else args.max_tokens - manifest["tokens"]
-    bar = tqdm(unit=" tokens", unit_scale=True, initial=manifest["tokens"], disable=None)
-    with bar:
+    left = (args.max_tokens or math.inf) - manifest["tokens"]
+    with tqdm(unit=" tokens", unit_scale=True, initial=manifest["tokens"], disable=None) as bar:
 
         def progress(tokens, document):
             bar.update(tokens)
             if source.total and document:  # tokens in all, guessed from the documents so far
-                bar.total = int(min(bar.n * source.total / document, bar.n + left))
+                bar.total = int(min(bar.n * source.total / document, manifest["tokens"] + left))
 
-        for entry, note in write(len(shards), start, left, progress):
+        rest = () if manifest["complete"] else write(len(shards), start, left, progress)
+        for entry, note in rest:
             shards.append(entry)
+            left -= entry["tokens"]
             manifest["tokens"] += entry["tokens"]
             manifest["documents"] += entry["documents"]
-            manifest["note"] = note
+            manifest["note"] = note or manifest["note"]
             save_manifest(args.out, manifest)
             bar.set_postfix_str(f"{len(shards)} shards done")
             if bar.disable:
                 print(f"{entry['name']}: {entry['tokens']:,} tokens", flush=True)
     if not shards:
-        raise UserError("the source holds no documents")
-    save_manifest(args.out, {**manifest, "complete": True})
+        raise UserError("there are no documents to read; check --files or --dataset")
+    save_manifest(args.out, {**manifest, "complete": True, "note": None})
 
 
 def file_size(entry):
@@ -1012,142 +958,120 @@ def verify(folder):
 
     manifest = load_manifest(folder)
     if manifest is None:
-        raise UserError(f"no {MANIFEST} in {folder}: it was not made by this fineweb.py")
-    shards, bad = manifest["shards"], []
-    with tqdm(total=sum(map(file_size, shards)), unit="B", unit_scale=True, disable=None) as bar:
-        for s in shards:
-            path = os.path.join(folder, s["name"])
-            fault = "is missing" if not os.path.isfile(path) else "has a wrong size"
-            if is_whole(folder, s):
-                with open(path, "rb") as f:
-                    same = hash_file(f, bar.update).hexdigest() == s["sha256"]
-                fault = None if same else "has a wrong sha256"
-            if fault:
-                bad.append(s["name"])
-                bar.write(f"{path} {fault}", file=sys.stderr)
-    listed = {s["name"] for s in shards}
-    for name in sorted(n for n in os.listdir(folder) if split_of(n) and n not in listed):
-        bad.append(name)
-        print(f"{os.path.join(folder, name)} is not in the manifest", file=sys.stderr)
+        raise UserError(f"no {MANIFEST} in {folder}: nothing to compare with; was it made here?")
+    shards = {s["name"]: s for s in manifest["shards"]}
+    bad = {n: "not in the manifest" for n in os.listdir(folder) if split_of(n) and n not in shards}
+    total = sum(map(file_size, shards.values()))
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for name, entry in shards.items():
+            path = os.path.join(folder, name)
+            if not is_whole(folder, entry):
+                bad[name] = "of a wrong size" if os.path.isfile(path) else "missing"
+                continue
+            with open(path, "rb") as f:
+                if hash_file(f, bar.update) != entry["sha256"]:
+                    bad[name] = "of a wrong sha256"
+    for name, fault in sorted(bad.items()):
+        print(f"{os.path.join(folder, name)} is {fault}", file=sys.stderr)
     if bad:
         raise UserError(
-            f"{len(bad)} of {len(shards)} shards in {folder} are bad: {', '.join(bad[:5])}; delete "
-            "them and give the command that made them again, which makes only what is missing"
+            f"{len(bad)} bad shards in {folder}; delete them and give the command that made them "
+            "again: it makes only what is missing"
         )
-    state = "" if manifest["complete"] else "; the set is not finished: the same command goes on"
+    state = "" if manifest["complete"] else "; not finished: the command that made them goes on"
     print(f"{folder}: {len(shards)} shards, {manifest['tokens']:,} tokens, all good{state}")
 
 
 # -----------------------------------------------------------------------------
 # The command
 
-HUB_DEFAULTS = {  # what makes long downloads last; set any of them to override it
+HUB_DEFAULTS = {  # what makes long downloads last; the environment goes before it
     "HF_HUB_ENABLE_HF_TRANSFER": "0",
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DOWNLOAD_TIMEOUT": "300",
     "HF_HUB_ETAG_TIMEOUT": "60",
 }
+READ = {  # flag -> (its default, shown in the help; the help)
+    "dataset": (None, f"data set on the Hugging Face hub, or a folder ({DATASET})"),
+    "name": (None, f"its configuration ({CONFIG}: 10 billion tokens)"),
+    "split": ("train", "its split (train)"),
+    "revision": (None, "its branch, tag or commit (main, as it is when the first shard is made)"),
+    "text_column": ("text", "the column that holds the text (text)"),
+    "streaming": (
+        False,
+        "read over the network as it goes: no copy on disk, and the network must last. Without it "
+        f"`datasets` downloads all first and keeps it, about 75 GB for {CONFIG}",
+    ),
+    "files": (
+        None,
+        "read these instead: local .parquet, .jsonl, .jsonl.gz (a row is a document) or .txt (a "
+        "file is one); paths or globs, in this order",
+    ),
+}
+WRITE = {
+    "out": (OUT, "folder of the shards (edu_fineweb10B beside fineweb.py); takes 2 bytes a token"),
+    "shard_size": (10**8, "tokens per shard (100000000, 200 MB each); the first shard is val"),
+    "max_tokens": (
+        0,
+        "stop after N tokens (0 = all); 200000000 is a first try: 0.4 GB, a minute or two, and "
+        "with --streaming a download of 0.6 GB",
+    ),
+    "shuffle": (
+        None,
+        "all documents in a random order, the same for a SEED (as they come). With --files takes "
+        "disk for a copy of the texts meanwhile, else slow random reads on a hard disk; with "
+        f"--streaming it is the files and a buffer of {STREAM_BUFFER:,} documents that is "
+        "shuffled, and a rerun reads from the start again",
+    ),
+}
+TYPES = {"shard_size": int, "max_tokens": int, "shuffle": int, "num_proc": int}
+METAVARS = {"files": "PATH", "shuffle": "SEED", "out": "FOLDER", "dataset": "REPO"}
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
-
-
-def parse_args(argv=None):
-    """The flags; --shard-size is --shard_size."""
-    parser = Parser(
-        prog="fineweb.py",
-        description="FineWeb-Edu, another data set or your own files as token shards for "
-        "train_gpt2.py. Can be killed at any moment; the same command goes on.",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22, width=98),
-    )
-    group = parser.add_argument_group("what to read")
-    group.add_argument("--dataset", help=f"on the Hugging Face hub, or a folder ({DATASET})")
-    group.add_argument("--name", help=f"its configuration ({CONFIG}: 10 billion tokens)")
-    group.add_argument("--split", default="train", help="its split (train)")
-    group.add_argument("--revision", help="its branch, tag or commit (main, as it is at the start)")
-    group.add_argument("--text_column", default="text", metavar="NAME", help="column read (text)")
-    group.add_argument(
-        "--streaming",
-        action="store_true",
-        help="read over the network as it goes: no copy on disk. Without it the data "
-        "set is downloaded first and then kept by `datasets`, about 75 GB for "
-        f"{CONFIG}, and a second run needs no network",
-    )
-    group.add_argument(
-        "--files",
-        nargs="+",
-        metavar="PATH",
-        help="read local .parquet, .jsonl, .jsonl.gz (a document a row) or .txt (a "
-        "document a file) instead; paths or globs, in this order",
-    )
-    group = parser.add_argument_group("what to write")
-    group.add_argument(
-        "--out",
-        default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "edu_fineweb10B"),
-        help="folder of the shards (edu_fineweb10B beside "
-        "fineweb.py); 2 bytes a token, 20 GB for 10 billion",
-    )
-    group.add_argument(
-        "--shard_size",
-        type=int,
-        default=10**8,
-        metavar="N",
-        help="tokens per shard (100000000: 200 MB); the first shard is val",
-    )
-    group.add_argument(
-        "--max_tokens",
-        type=int,
-        metavar="N",
-        help="stop after N tokens (all); 200000000 for a first try takes 0.4 GB and a "
-        "minute, with --streaming also no long download",
-    )
-    group.add_argument(
-        "--shuffle",
-        type=int,
-        metavar="SEED",
-        help="documents in a random order (as they come). Costs with --files a copy of "
-        "the texts on disk, else slow reads where the data set is on a hard disk; "
-        f"with --streaming only files and a buffer of {STREAM_BUFFER:,} documents "
-        "are shuffled, and a rerun reads all again that it skips",
-    )
-    group = parser.add_argument_group("how")
-    group.add_argument(
-        "--num_proc",
-        type=int,
-        default=cores(),
-        metavar="N",
-        help="worker processes (one per core, here %(default)s), each some 150 MB; "
-        "a core makes 2 to 4 million tokens/s: 10 billion are about a core-hour",
-    )
-    group.add_argument(
-        "--verify",
-        action="store_true",
-        help="only check the shards in --out: sizes and sha256, a minute for 20 GB",
-    )
-    flags = [
-        re.sub("^--[^=]*", lambda m: m[0][:2] + m[0][2:].replace("-", "_"), a)
-        for a in (sys.argv[1:] if argv is None else argv)
-    ]
-    args = parser.parse_args(flags)
-    for flag in ("shard_size", "max_tokens", "num_proc"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    if args.files and (args.dataset or args.name or args.revision or args.streaming):
-        parser.error(
-            "--files reads no data set: leave out --dataset, --name, --revision, --streaming"
-        )
-    args.name = args.name or (None if args.dataset else CONFIG)
-    args.dataset = args.dataset or DATASET
-    args.writing = False
-    return args
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 def cores():
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_args(argv=None):
+    """The flags of the command; --shard-size is --shard_size."""
+    parser = Parser(
+        prog="fineweb.py",
+        description="FineWeb-Edu, another data set or your own files as token shards for "
+        "train_gpt2.py. It can be killed at any moment: the same command goes on.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22, width=98),
+    )
+    work = {
+        "num_proc": (cores(), "worker processes (one per core: %(default)s), 100 to 200 MB each; a "
+                     "core makes 2 to 4 million tokens/s, so 10 billion take about a core-hour"),
+        "verify": (False, "only check the shards in --out: sizes and sha256, a minute for 20 GB"),
+    }  # fmt: skip
+    for title, flags in {"what to read": READ, "what to write": WRITE, "how": work}.items():
+        group = parser.add_argument_group(title)
+        for flag, (default, text) in flags.items():
+            kind = {"action": "store_true"}
+            if default is not False:
+                kind = {"type": TYPES.get(flag, str), "nargs": "+" if flag == "files" else None}
+                kind["metavar"] = METAVARS.get(flag, "N" if flag in TYPES else "NAME")
+            group.add_argument(f"--{flag}", default=default, help=text, **kind)
+    given = sys.argv[1:] if argv is None else argv
+    given = [re.sub("(?<=^--)[^=]+", lambda m: m[0].replace("-", "_"), a) for a in given]
+    args = parser.parse_args(given)
+    for flag, least in {"shard_size": 1, "max_tokens": 0, "num_proc": 1, "shuffle": 0}.items():
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be at least {least}")
+    if args.files and (args.dataset or args.name or args.revision or args.streaming):
+        parser.error("--files goes without --dataset, --name, --revision and --streaming")
+    args.name = args.name or (None if args.dataset else CONFIG)
+    args.dataset = args.dataset or DATASET
+    args.writing = False  # no shard can have been finished yet
+    return args
 
 
 def main(argv=None, tokenizer=None):
@@ -1162,15 +1086,14 @@ def main(argv=None, tokenizer=None):
         status, why = 2, str(e)
     except KeyboardInterrupt:
         status, why = 130, "stopped"
-    except concurrent.futures.process.BrokenProcessPool:
-        status, why = 1, "a worker process died (killed, or no memory left?)"
+    except concurrent.futures.BrokenExecutor:
+        status, why = 1, "a worker process died (killed, or out of memory?)"
     except (Fault, OSError) as e:
-        status, why = 1, first_line(e)
-    safe = ""
+        status, why = 1, str(e)
     if args.writing:
         n = len((load_manifest(args.out) or {"shards": []})["shards"])
-        safe = f"; the {n} finished shards in {args.out} are safe, and the same command goes on"
-    print(f"fineweb.py: error: {why}{safe}", file=sys.stderr)
+        why += f"; the {n} finished shards in {args.out} are safe, and the same command goes on"
+    print(f"fineweb.py: error: {why}", file=sys.stderr)
     return status
 
 

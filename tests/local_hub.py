@@ -1,14 +1,21 @@
 """
-A Hugging Face hub on 127.0.0.1 that serves one data set from a folder, as much of the protocol as
-`datasets` uses. Set HF_ENDPOINT to Hub.url and HF_HUB_DISABLE_XET to 1.
+Helpers of test_fineweb.py that other processes import too: a Hugging Face hub on 127.0.0.1, and
+tokenizers that need no vocabulary. The hub serves one data set from a folder, with as much of the
+protocol as `datasets` uses; set HF_ENDPOINT to Hub.url and HF_HUB_DISABLE_XET to 1.
 """
 
 import hashlib
 import http.server
 import json
 import os
+import sys
 import threading
+import time
 import urllib.parse
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import fineweb  # noqa: E402
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 
@@ -36,8 +43,8 @@ class Hub:
         top = os.path.join(self.folder, under)
         for base, folders, files in os.walk(top):
             for name in sorted(folders):
-                path = os.path.relpath(os.path.join(base, name), self.folder)
-                yield {"type": "directory", "path": path.replace(os.sep, "/"), "oid": "0", "size": 0}
+                path = os.path.relpath(os.path.join(base, name), self.folder).replace(os.sep, "/")
+                yield {"type": "directory", "path": path, "oid": "0", "size": 0}
             for name in sorted(files):
                 path = os.path.join(base, name)
                 name = os.path.relpath(path, self.folder).replace(os.sep, "/")
@@ -69,7 +76,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.hub.requests.append(self.path)
         if "/paths-info/" not in self.path:
             return self.reply(404)
-        wanted = json.loads(query)["paths"] if query[:1] == "{" else urllib.parse.parse_qs(query)["paths"]
+        asked = json.loads(query) if query[:1] == "{" else urllib.parse.parse_qs(query)
+        wanted = asked["paths"]
         self.reply(200, [e for e in self.hub.entries() if e["path"] in wanted])
 
     def do_HEAD(self):
@@ -85,8 +93,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         rest = path[len(api) :].strip("/").split("/") if path.startswith(api) else None
         if rest in ([""], ["revision", "main"], ["revision", COMMIT]):
             names = [{"rfilename": e["path"]} for e in self.hub.entries() if e["type"] == "file"]
-            info = {"id": self.hub.repo, "sha": COMMIT, "siblings": names, "tags": [], "private": False}
-            return self.reply(200, {**info, "gated": False, "disabled": False, "downloads": 0})
+            info = {"id": self.hub.repo, "sha": COMMIT, "siblings": names, "tags": []}
+            return self.reply(200, {**info, "private": False, "gated": False, "disabled": False})
         if rest and rest[0] == "tree" and rest[1] in ("main", COMMIT):
             under = "/".join(rest[2:])
             if os.path.isdir(os.path.join(self.hub.folder, under)):
@@ -111,3 +119,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         first, last = int(first), min(int(last or len(data)), len(data) - 1)
         headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
         self.reply(206, data[first : last + 1], headers)
+
+
+class SlowBytes(fineweb.Tokenizer):
+    """Single-byte tokens at a pace that leaves time to be killed."""
+
+    def encode(self, text):
+        time.sleep(0.002)
+        return super().encode(text)
+
+
+class DeadlyBytes(fineweb.Tokenizer):
+    """Ends its process, as the system does to one that takes too much memory."""
+
+    def encode(self, text):
+        if "deadly" in text:
+            os._exit(9)
+        return super().encode(text)
+
+
+if __name__ == "__main__":  # fineweb.py with one of these tokenizers, in many small jobs
+    fineweb.JOB_TOKENS = 500
+    kinds = {"Bytes": fineweb.Tokenizer, "SlowBytes": SlowBytes, "DeadlyBytes": DeadlyBytes}
+    sys.exit(fineweb.main(sys.argv[2:], kinds[sys.argv[1]]()))
