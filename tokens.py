@@ -1,5 +1,6 @@
 from dataclasses import dataclass  # noqa: I001
 import os
+import sys
 
 from common import AgreedError, UserError, say, warn
 from fineweb import Tokenizer, TokenStream, get_tokenizer, open_shards, open_text
@@ -67,3 +68,29 @@ def open_data(path, wanted, dist, optional=False):
         return train, val, {"kind": kind, "tokens": len(train), "shards": [list(s) for s in shards]}
 
     return Data(*dist.together(open_streams), tokenizer, name)
+
+
+def encode_prompt(cfg, tokenizer):
+    """Token ids of cfg.prompt (- = stdin); empty where samples are off."""
+    if not cfg.num_samples or tokenizer is None:
+        return []
+    ids = tokenizer.encode(sys.stdin.read() if cfg.prompt == "-" else cfg.prompt).tolist()
+    if not ids:
+        raise UserError("--prompt is empty: give it at least one character")
+    for limit, name in ((cfg.block_size, "block_size"), (cfg.sample_length - 1, "sample_length")):
+        if len(ids) > limit:
+            raise UserError(f"--prompt has {len(ids)} tokens, too many for --{name} "
+                            f"{getattr(cfg, name)}")
+    return ids
+
+
+def inspect_step(loader, tokenizer, step):
+    """Print which tokens a step reads, row by row, with their text."""
+    names, rows, documents = loader.tokens.names, list(loader.where(step)), {}
+    for *_, shard, offset in sorted(rows, key=lambda row: row[3:]):  # one pass over each shard
+        documents[shard, offset] = loader.tokens.documents_before(shard, offset)
+    for row, epoch, window, shard, offset in rows:
+        print(f"step {step} row {row % loader.rows_per_step}: epoch {epoch} window {window} "
+              f"{names[shard]} offset {offset} document {documents[shard, offset]}")
+        if tokenizer:
+            print(tokenizer.decode(loader.tokens.read(window * loader.T, loader.T)))

@@ -21,10 +21,8 @@ import glob
 import math
 import os
 import platform
-import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -39,11 +37,14 @@ from checkpoint import (
     swap_conv1d,
 )
 from common import (
-    HERE, AgreedError, Clock, Dist, Parser, Reporter, RunError, StopFlag, UserError, add_flags,
-    can_compile, check_ranges, fits_gpu, flag, make_optimizer, measure_matmul, one_line,
-    open_log_dir, optimizer_state, optional_import, processes, run_main, say, versions, warn,
+    HERE, AgreedError, Clock, Parser, Reporter, RunError, UserError, add_flags, check_ranges, flag,
+    one_line, open_log_dir, optional_import, run_main, say, versions, warn,
 )
-from tokens import Data, open_data
+from machine import (
+    Dist, StopFlag, best_dtype, can_compile, fits_gpu, make_optimizer, measure_matmul,
+    optimizer_state, processes,
+)
+from tokens import Data, encode_prompt, inspect_step, open_data
 
 SHARDS = os.path.join(HERE, "edu_fineweb10B")
 
@@ -83,8 +84,8 @@ class TrainConfig:
     pos: str = flag("learned", "position encoding", choices=("learned", "rope"))
     mlp: str = flag("gelu", "feed-forward layer", choices=("gelu", "swiglu"))
     norm: str = flag("layernorm", "normalization", choices=("layernorm", "rmsnorm"))
-    init: str = flag("scratch", "scratch; gpt2, gpt2-medium, gpt2-large, gpt2-xl from Hugging Face; "
-                     "or a checkpoint's path, for its weights and shape only")
+    init: str = flag("scratch", "gpt2, gpt2-medium, gpt2-large or gpt2-xl from Hugging Face, or a "
+                     "checkpoint's path: its weights and shape only")
 
     data: str = flag("", "folder of shards, or a text file",
                      shown="edu_fineweb10B beside this script; smoke: input.txt")
@@ -165,7 +166,7 @@ def parse_flags(argv=None):
 
 
 def choose_preset(given, device_type, world_size):
-    """(preset, why) where --preset is auto. Several processes never make a smoke run by accident."""
+    """(preset, why) where --preset is auto. Several processes are no smoke run by accident."""
     shards = bool(glob.glob(os.path.join(SHARDS, "*train*")))
     if device_type != "cpu":
         if shards or "data" in given or "resume" in given or world_size > 1:
@@ -418,13 +419,11 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type):
         """OpenAI's weights by way of Hugging Face: gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
-        transformers = optional_import("transformers", f"--init {model_type}")
+        transformers = optional_import("transformers", model_type)
         try:
-            hf = transformers.GPT2LMHeadModel.from_pretrained(model_type)
+            return cls.from_hf(transformers.GPT2LMHeadModel.from_pretrained(model_type))
         except (OSError, ValueError) as e:
-            raise UserError(f"{model_type} cannot be had from Hugging Face "
-                            f"({one_line(e)})") from None
-        return cls.from_hf(hf)
+            raise UserError(f"{model_type} cannot be had from Hugging Face ({one_line(e)})") from e
 
     @classmethod
     def from_hf(cls, hf):
@@ -448,11 +447,12 @@ def load_model(checkpoint, path):
 
 
 def load_weights(name, device="cpu"):
-    """(model, tokenizer name) of a checkpoint's path, or of one of OpenAI's four by its name."""
+    """(model, tokenizer name, flags of its run) of a checkpoint, or of OpenAI's weights by name."""
     if name in GPT2_SIZES:
-        return GPT.from_pretrained(name).to(device), "gpt2"
+        return GPT.from_pretrained(name).to(device), "gpt2", {}
     checkpoint = read_checkpoint(name)
-    return load_model(checkpoint, name).to(device), checkpoint.get("tokenizer", "gpt2")
+    model = load_model(checkpoint, name).to(device)
+    return model, checkpoint.get("tokenizer", "gpt2"), checkpoint.get("flags", {})
 
 
 # -----------------------------------------------------------------------------
@@ -576,18 +576,6 @@ class DataLoaderLite:
         for row, window in zip(rows, self.windows(rows), strict=True):
             yield (int(row), int(row) // self.n_windows, int(window),
                    *self.tokens.locate(int(window) * self.T))
-
-
-def inspect_step(loader, tokenizer, step):
-    """Print which tokens a step reads, row by row, with their text."""
-    names, rows, documents = loader.tokens.names, list(loader.where(step)), {}
-    for *_, shard, offset in sorted(rows, key=lambda row: row[3:]):  # one pass over each shard
-        documents[shard, offset] = loader.tokens.documents_before(shard, offset)
-    for row, epoch, window, shard, offset in rows:
-        print(f"step {step} row {row % loader.rows_per_step}: epoch {epoch} window {window} "
-              f"{names[shard]} offset {offset} document {documents[shard, offset]}")
-        if tokenizer:
-            print(tokenizer.decode(loader.read(np.array([window]))[0][0].tolist()))
 
 
 # -----------------------------------------------------------------------------
@@ -836,13 +824,6 @@ def build_config(given, saved, init, dist):
     return TrainConfig(**cfg)
 
 
-def best_dtype(device):
-    """bfloat16 where the device does it well, float16 on older CUDA cards, else float32."""
-    if device.type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-
-
 def check_batch(cfg, world_size):
     """Rows per process and step, or UserError with the nearest total_batch_size that works."""
     rows = cfg.T * world_size * (cfg.B or 1)
@@ -853,32 +834,6 @@ def check_batch(cfg, world_size):
     raise UserError(f"--total_batch_size {cfg.total_batch_size} is not divisible by B * T * "
                     f"processes = {cfg.B or 1} * {cfg.T} * {world_size} = {rows}: use "
                     + " or ".join(str(n) for n in (below, below + unit) if n))
-
-
-def encode_prompt(cfg, tokenizer):
-    """Token ids of --prompt; empty where samples are off."""
-    if not cfg.num_samples or tokenizer is None:
-        return []
-    ids = tokenizer.encode(sys.stdin.read() if cfg.prompt == "-" else cfg.prompt).tolist()
-    if not ids:
-        raise UserError("--prompt is empty: give it at least one character")
-    for limit, name in ((cfg.block_size, "block_size"), (cfg.sample_length - 1, "sample_length")):
-        if len(ids) > limit:
-            raise UserError(f"--prompt has {len(ids)} tokens, too many for --{name} "
-                            f"{getattr(cfg, name)}")
-    return ids
-
-
-def open_init(name, dist):
-    """(model, tokenizer name, flags of its run) that --init names; (None, None, {}): scratch."""
-    if name == "scratch":
-        return None, None, {}
-    if name in GPT2_SIZES:  # the main process downloads, the others read its cache
-        model = dist.together(lambda: GPT.from_pretrained(name) if dist.is_main else None)
-        return dist.together(lambda: model or GPT.from_pretrained(name)), "gpt2", {}
-    checkpoint = dist.together(read_checkpoint, name)
-    model = dist.together(load_model, checkpoint, name)
-    return model, checkpoint.get("tokenizer", "gpt2"), checkpoint.get("flags", {})
 
 
 def open_hellaswag(cfg, tokenizer, dist):
@@ -931,7 +886,8 @@ def make_run(cfg, saved, init_model, data, dist):
     prompt = dist.together(lambda: encode_prompt(cfg, data.tokenizer) if dist.is_main else [])
     examples = open_hellaswag(cfg, data.tokenizer, dist)
     torch.manual_seed(cfg.seed)
-    model = init_model or GPT(GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}))
+    shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
+    model = init_model or GPT(GPTConfig(**shape))
     if saved:
         model.load_state_dict(saved.pop("model"))
     model.to(dist.device)
@@ -978,10 +934,11 @@ def describe_run(run):
     """The start-up block; returns what config.json keeps, enough to repeat the run."""
     cfg, loader, device, data = run.cfg, run.loader, run.dist.device, run.data
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    say(f"using device: {device} ({name}), {cfg.dtype}, compile {'on' if run.compiled else 'off'}, "
-        f"{run.dist.world_size} processes, large matrix product {run.matmul_rate / 1e12:.2f} TFLOP/s")
+    say(f"using device: {device} ({name}), {cfg.dtype}, compile {'on' if run.compiled else 'off'}; "
+        f"{run.matmul_rate / 1e12:.2f} TFLOP/s in a large matrix product")
     say(f"total desired batch size: {cfg.total_batch_size}")
-    say(f"=> calculated gradient accumulation steps: {loader.micro_steps} (B {loader.B}, T {cfg.T})")
+    say(f"=> calculated gradient accumulation steps: {loader.micro_steps} "
+        f"(B {loader.B}, T {cfg.T}, processes {run.dist.world_size})")
     for split, tokens in (("train", data.train), ("val", data.val)):
         say(f"found {len(tokens.names)} shards for split {split}: {len(tokens):,} tokens")
     epochs = cfg.max_steps * loader.rows_per_step / loader.n_windows
@@ -1000,21 +957,6 @@ def describe_run(run):
 # The loop
 
 
-def show_step(run, step, loss, norm, lr, dt, clock):
-    """The console line and the log lines of an update."""
-    max_steps, tokens = run.cfg.max_steps, run.cfg.total_batch_size
-    flops = run.raw_model.flops_per_token(run.cfg.T) * tokens / run.dist.world_size
-    mfu = flops / dt / run.matmul_rate
-    run.reporter.scalars(step, train=loss, norm=norm, lr=lr, dt=dt, tok_per_sec=tokens / dt,
-                         mfu=mfu)
-    say(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-        f"dt: {dt * 1000:.2f}ms | tok/sec: {tokens / dt:.2f} | mfu: {100 * mfu:.1f}%")
-    done = step + 1
-    if clock.mean and (clock.steps == 7 or done % max(25, max_steps // 50) == 0):
-        left = timedelta(seconds=round(clock.mean * (max_steps - done)))
-        say(f"{100 * done / max_steps:.1f}% done, {left} of training to go")
-
-
 def train(run):
     """Do what is due, then one update, until max_steps updates are done. Returns the exit status.
 
@@ -1022,6 +964,7 @@ def train(run):
     begins with what is due at s.
     """
     cfg, clock = run.cfg, Clock()
+    flops = run.raw_model.flops_per_token(cfg.T) * cfg.total_batch_size / run.dist.world_size
     run.loader.reset(run.step)
     run.fetch_batch()
     run.stop.install()
@@ -1029,8 +972,10 @@ def train(run):
         step, last_step = run.step, run.step == cfg.max_steps
         if (step % cfg.eval_every == 0 or last_step) and not evaluate(run, step):
             break
-        keep = last_step or is_due(step, cfg.checkpoint_every)
-        if keep or is_due(step, cfg.save_every):
+        due = [step > 0 and every > 0 and step % every == 0
+               for every in (cfg.checkpoint_every, cfg.save_every)]
+        keep = last_step or due[0]
+        if keep or due[1]:
             save(run, keep, must=last_step)
         if last_step:
             break
@@ -1040,7 +985,8 @@ def train(run):
         clock.add(dt)
         run.step, run.val_loss = step + 1, None
         if run.dist.is_main:
-            show_step(run, step, loss, norm, lr, dt, clock)
+            run.reporter.update(step, cfg.max_steps, loss, norm, lr, dt, cfg.total_batch_size,
+                                flops / run.matmul_rate / dt, clock)
         if run.stop.agreed:
             break
     if run.stop.agreed:
@@ -1051,10 +997,6 @@ def train(run):
     say(f"done: {cfg.max_steps} steps, {cfg.max_steps * cfg.total_batch_size:,} tokens{rate}, "
         f"validation loss {run.val_loss:.4f}")
     return 0
-
-
-def is_due(step, every):
-    return step > 0 and every > 0 and step % every == 0
 
 
 def train_and_report(run, saved):
@@ -1091,8 +1033,12 @@ def run_command(given, dist):
     if given.get("resume"):
         saved = load_for_resume(given.get("log_dir", TrainConfig.log_dir), dist)
     if not saved:
-        init = open_init(given.get("init", "scratch"), dist)
-        if not init[0] and aside and aside != ["inspect"]:
+        name = given.get("init", "scratch")
+        if name in GPT2_SIZES:  # the main process downloads, then all read its cache
+            dist.together(lambda: GPT.from_pretrained(name) if dist.is_main else None)
+        if name != "scratch":
+            init = dist.together(load_weights, name)
+        elif aside and aside != ["inspect"]:
             raise UserError(f"--{aside[0]} needs weights: --init PATH, or --resume and a --log_dir "
                             "that holds a checkpoint")
     cfg = dist.together(build_config, given, saved, init, dist)
