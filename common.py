@@ -335,6 +335,11 @@ class Reporter:
             self.wandb.finish()
 
 
+def is_due(step, every):
+    """Whether something that happens every so many steps happens now; never at 0, 0 = never."""
+    return step > 0 and every > 0 and step % every == 0
+
+
 class Clock:
     """Seconds of training steps; the first ones (compilation) and evaluation do not count."""
 

@@ -84,6 +84,25 @@ def encode_prompt(cfg, tokenizer):
     return ids
 
 
+def open_hellaswag(n, block_size, tokenizer, dist):
+    """The first n prepared examples; where they cannot be had, one warning and none."""
+    if not n or tokenizer is None:
+        return []
+    import hellaswag
+
+    path = error = None
+    if dist.is_main:
+        try:
+            path = hellaswag.download("val")
+        except (UserError, OSError) as e:
+            error = str(e)
+    path, error = dist.broadcast((path, error))
+    if error:
+        warn(f"HellaSwag is off: {error}")
+        return []
+    return dist.together(hellaswag.load_examples, path, n, block_size, tokenizer.encode)
+
+
 def inspect_step(loader, tokenizer, step):
     """Print which tokens a step reads, row by row, with their text."""
     names, rows, documents = loader.tokens.names, list(loader.where(step)), {}

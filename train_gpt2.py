@@ -38,13 +38,14 @@ from checkpoint import (
 )
 from common import (
     HERE, AgreedError, Clock, Parser, Reporter, RunError, UserError, add_flags, check_ranges, flag,
-    one_line, open_log_dir, optional_import, run_main, say, versions, warn,
+    is_due, one_line, open_log_dir, optional_import, run_main, say, versions, warn,
 )
+from loss import head_cross_entropy
 from machine import (
     Dist, StopFlag, best_dtype, can_compile, fits_gpu, make_optimizer, measure_matmul,
     optimizer_state, processes,
 )
-from tokens import Data, encode_prompt, inspect_step, open_data
+from tokens import Data, encode_prompt, inspect_step, open_data, open_hellaswag
 
 SHARDS = os.path.join(HERE, "edu_fineweb10B")
 
@@ -260,46 +261,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits h @ weight.T, a chunk of rows at a time.
-
-    h (N, C), weight (V, C), targets (N,) -> scalar. The full (N, V) logits are the largest tensor
-    of a step; here only `chunk` rows of them are alive, because the gradients are taken in the
-    forward pass while they are at hand. The weight's gradient is summed in the weight's own
-    dtype (float32): in bfloat16 the sum over chunks would lose digits.
-    """
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, chunk, dtype):
-        total = torch.zeros((), dtype=weight.dtype, device=h.device)
-        w = weight.to(dtype)
-        wants_grad = any(ctx.needs_input_grad)
-        grad_h = torch.empty_like(h, dtype=dtype) if wants_grad else None
-        grad_w = torch.zeros_like(weight) if wants_grad else None
-        with torch.autocast(h.device.type, enabled=False):
-            for rows in (slice(i, i + chunk) for i in range(0, h.size(0), chunk)):
-                x, target = h[rows].to(dtype), targets[rows].unsqueeze(1)
-                logits = (x @ w.T).to(weight.dtype)
-                lse = logits.logsumexp(dim=1, keepdim=True)
-                total += (lse - logits.gather(1, target)).sum()
-                if wants_grad:  # of the sum, not yet of the mean: small numbers suffer in float16
-                    g = logits.sub_(lse).exp_()
-                    g.scatter_add_(1, target, -torch.ones_like(lse))
-                    g = g.to(dtype)
-                    grad_h[rows] = g @ w
-                    grad_w += g.T @ x
-        if wants_grad:
-            ctx.save_for_backward(grad_h, grad_w)
-            ctx.h_dtype = h.dtype
-        return total / h.size(0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_h, grad_w = ctx.saved_tensors
-        scale = grad / grad_h.size(0)
-        return (grad_h * scale).to(ctx.h_dtype), grad_w.mul_(scale), None, None, None
-
-
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -350,20 +311,12 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """idx (B, T) -> (logits (B, T, vocab_size), None); with targets (B, T) -> (None, loss).
 
-        The loss is the mean over all B*T tokens. The compiler keeps the logits in half precision
-        by itself; without it they are taken in chunks, or at once where one chunk holds them.
+        The loss is the mean over all B*T tokens.
         """
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
-        x, targets = x.flatten(0, 1), targets.flatten()
-        chunk = 4096 if x.is_cuda else 512
-        if x.size(0) <= chunk or torch.compiler.is_compiling():
-            return None, F.cross_entropy(self.lm_head(x), targets)
-        kind, weight = x.device.type, self.lm_head.weight
-        low = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if low else weight.dtype
-        return None, ChunkedCrossEntropy.apply(x, weight, targets, chunk, dtype)
+        return None, head_cross_entropy(x, self.lm_head.weight, targets)
 
     @torch.no_grad()
     def generate(self, idx, n_new, temperature=1.0, top_k=50, n_vocab=50257, generator=None,
@@ -640,10 +593,10 @@ def validate(run):
             with run.autocast():
                 _, loss = run.raw_model(x, y)
             total += loss * len(windows)
-    run.val_loss = dist.sum([total.item()])[0] / n
-    whole = f" over all {n * loader.T:,} tokens there are" if n * loader.T < wanted else ""
-    say(f"validation loss: {run.val_loss:.4f}{whole}")
-    return run.val_loss
+    loss = dist.sum([total.item()])[0] / n
+    whole = f" over all {n * loader.T:,} tokens there are" if n < wanted // loader.T else ""
+    say(f"validation loss: {loss:.4f}{whole}")
+    return loss
 
 
 def score_hellaswag(run):
@@ -689,6 +642,7 @@ def evaluate(run, step):
         values["hella"] = score_hellaswag(run)
     if None in values.values():
         return False
+    run.val_loss = values["val"]  # a checkpoint that has it needs no more evaluation
     if run.dist.is_main:
         run.reporter.scalars(step, **values)
         if step > 0 and run.prompt:
@@ -836,30 +790,10 @@ def check_batch(cfg, world_size):
                     + " or ".join(str(n) for n in (below, below + unit) if n))
 
 
-def open_hellaswag(cfg, tokenizer, dist):
-    """The examples that --hellaswag asks for; where they cannot be had one warning, and none."""
-    wanted = (0 if dist.device.type == "cpu" else 10042) if cfg.hellaswag is None else cfg.hellaswag
-    if not wanted or tokenizer is None:
-        return []
-    import hellaswag
-
-    path = error = None
-    if dist.is_main:
-        try:
-            path = hellaswag.download("val")
-        except (UserError, OSError) as e:
-            error = str(e)
-    path, error = dist.broadcast((path, error))
-    if error:
-        warn(f"HellaSwag is off: {error}")
-        return []
-    return dist.together(hellaswag.load_examples, path, wanted, cfg.block_size, tokenizer.encode)
-
-
 def choose_B(cfg, rows, model, dist):
     """Rows per micro-step: what --B says, or the largest power of two that divides and fits."""
-    if cfg.B:
-        return cfg.B
+    if cfg.B or cfg.eval_only:
+        return cfg.B or 8
     device, dtype = dist.device, getattr(torch, cfg.dtype)
     sizes = [b for b in (64, 32, 16, 8, 4, 2, 1) if rows % b == 0]
     if device.type != "cuda":
@@ -884,7 +818,8 @@ def make_run(cfg, saved, init_model, data, dist):
     """The part of a run that evaluation needs too: model, data, prompt, examples."""
     rows = 64 if cfg.eval_only else dist.together(check_batch, cfg, dist.world_size)
     prompt = dist.together(lambda: encode_prompt(cfg, data.tokenizer) if dist.is_main else [])
-    examples = open_hellaswag(cfg, data.tokenizer, dist)
+    wanted = (0 if dist.device.type == "cpu" else 10042) if cfg.hellaswag is None else cfg.hellaswag
+    examples = open_hellaswag(wanted, cfg.block_size, data.tokenizer, dist)
     torch.manual_seed(cfg.seed)
     shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
     model = init_model or GPT(GPTConfig(**shape))
@@ -949,7 +884,7 @@ def describe_run(run):
     return dict(flags=asdict(cfg), model=asdict(run.raw_model.config), B=loader.B,
                 micro_steps=loader.micro_steps, processes=run.dist.world_size,
                 device=f"{device} ({name})", compile=run.compiled, data=data.identity,
-                tokenizer=data.tokenizer_name, 
+                tokenizer=data.tokenizer_name,
                 **versions(os.path.join(cfg.data or SHARDS, fineweb.MANIFEST)))
 
 
@@ -972,10 +907,8 @@ def train(run):
         step, last_step = run.step, run.step == cfg.max_steps
         if (step % cfg.eval_every == 0 or last_step) and not evaluate(run, step):
             break
-        due = [step > 0 and every > 0 and step % every == 0
-               for every in (cfg.checkpoint_every, cfg.save_every)]
-        keep = last_step or due[0]
-        if keep or due[1]:
+        keep = last_step or is_due(step, cfg.checkpoint_every)
+        if keep or is_due(step, cfg.save_every):
             save(run, keep, must=last_step)
         if last_step:
             break
@@ -1012,8 +945,9 @@ def train_and_report(run, saved):
     try:
         status = train(run)
     except torch.OutOfMemoryError:
-        raise UserError(f"out of GPU memory with --B {run.loader.B}: use --B {run.loader.B // 2}; "
-                        f"a step stays {cfg.total_batch_size} tokens") from None
+        B = run.loader.B
+        raise UserError(f"out of GPU memory with --B {B}: use --B {max(1, B // 2)}, a step stays "
+                        f"{cfg.total_batch_size} tokens") from None
     finally:
         if dist.is_main:
             run.reporter.close()
@@ -1034,7 +968,7 @@ def run_command(given, dist):
         saved = load_for_resume(given.get("log_dir", TrainConfig.log_dir), dist)
     if not saved:
         name = given.get("init", "scratch")
-        if name in GPT2_SIZES:  # the main process downloads, then all read its cache
+        if name in GPT2_SIZES and dist.world_size > 1:  # one downloads, then all read its cache
             dist.together(lambda: GPT.from_pretrained(name) if dist.is_main else None)
         if name != "scratch":
             init = dist.together(load_weights, name)
@@ -1046,16 +980,17 @@ def run_command(given, dist):
         model = init[0] or load_model(saved, "the checkpoint")
         return export_hf(model, cfg.export_hf) if dist.is_main else 0
     if saved and not cfg.eval_only:
-        check_resume(*({f"--{k}": v for k, v in flags.items() if k not in ELASTIC}
-                       for flags in (asdict(cfg), saved["flags"])))
-    if saved and saved["step"] == cfg.max_steps and not aside:
-        say(f"the run in {cfg.log_dir} is finished: {cfg.max_steps} steps, validation loss "
-            f"{saved['val_loss']:.4f}")
-        return 0
+        dist.together(check_resume, *({f"--{k}": v for k, v in flags.items() if k not in ELASTIC}
+                                      for flags in (asdict(cfg), saved["flags"])))
+        if saved["step"] == cfg.max_steps and saved["val_loss"] is not None and not aside:
+            say(f"the run in {cfg.log_dir} is finished: {cfg.max_steps} steps, validation loss "
+                f"{saved['val_loss']:.4f}")
+            return 0
     data = open_data(cfg.data or SHARDS, saved["tokenizer"] if saved else init[1], dist,
                      optional=cfg.eval_only and "data" not in given)
     if saved and not cfg.eval_only:
-        check_resume(*({"--data": describe_data(d)} for d in (data.identity, saved["data"])))
+        dist.together(check_resume, *({"--data": describe_data(identity)}
+                                      for identity in (data.identity, saved["data"])))
     if cfg.inspect is not None:
         check_batch(replace(cfg, B=1), 1)
         loader = DataLoaderLite(1, cfg.T, 0, 1, data.train, cfg.total_batch_size // cfg.T,

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 import train_gpt2
 from checkpoint import export_hf, swap_conv1d
 from common import UserError
-from train_gpt2 import GPT, ChunkedCrossEntropy, GPTConfig, get_lr
+from loss import ChunkedCrossEntropy
+from train_gpt2 import GPT, GPTConfig, get_lr
 
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=4, n_embd=32)
 VARIANTS = [

@@ -1,0 +1,65 @@
+"""
+The loss of a language model without all of its logits in memory.
+"""
+
+import torch
+from torch.nn import functional as F
+
+CHUNK_ROWS = {"cpu": 512, "cuda": 4096}  # rows of logits that are alive together
+
+
+def head_cross_entropy(h, weight, targets):
+    """Mean cross-entropy of the logits h @ weight.T, in nats.
+
+    h (B, T, C), weight (V, C), targets (B, T) -> scalar. Where the rows fit into one chunk it is
+    F.cross_entropy. So it is under torch.compile, which fuses the loss into the product and keeps
+    the logits in half precision: measured faster than chunks.
+    """
+    h, targets = h.flatten(0, 1), targets.flatten()
+    kind = h.device.type
+    chunk = CHUNK_ROWS.get(kind, CHUNK_ROWS["cpu"])
+    if h.size(0) <= chunk or torch.compiler.is_compiling():
+        return F.cross_entropy(F.linear(h, weight), targets)
+    low = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if low else weight.dtype
+    return ChunkedCrossEntropy.apply(h, weight, targets, chunk, dtype)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the logits h @ weight.T, a chunk of rows at a time.
+
+    h (N, C), weight (V, C), targets (N,) -> scalar. The full (N, V) logits are the largest tensor
+    of a step; here only `chunk` rows of them are alive, because the gradients are taken in the
+    forward pass while they are at hand. The weight's gradient is summed in the weight's own
+    dtype (float32): in bfloat16 the sum over chunks would lose digits.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, chunk, dtype):
+        total = torch.zeros((), dtype=weight.dtype, device=h.device)
+        w = weight.to(dtype)
+        wants_grad = any(ctx.needs_input_grad)
+        grad_h = torch.empty_like(h, dtype=dtype) if wants_grad else None
+        grad_w = torch.zeros_like(weight) if wants_grad else None
+        with torch.autocast(h.device.type, enabled=False):
+            for rows in (slice(i, i + chunk) for i in range(0, h.size(0), chunk)):
+                x, target = h[rows].to(dtype), targets[rows].unsqueeze(1)
+                logits = (x @ w.T).to(weight.dtype)
+                lse = logits.logsumexp(dim=1, keepdim=True)
+                total += (lse - logits.gather(1, target)).sum()
+                if wants_grad:  # of the sum, not yet of the mean: small numbers suffer in float16
+                    g = logits.sub_(lse).exp_()
+                    g.scatter_add_(1, target, -torch.ones_like(lse))
+                    g = g.to(dtype)
+                    grad_h[rows] = g @ w
+                    grad_w += g.T @ x
+        if wants_grad:
+            ctx.save_for_backward(grad_h, grad_w)
+            ctx.h_dtype = h.dtype
+        return total / h.size(0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_h, grad_w = ctx.saved_tensors
+        scale = grad / grad_h.size(0)
+        return (grad_h * scale).to(ctx.h_dtype), grad_w.mul_(scale), None, None, None
