@@ -103,6 +103,16 @@ def open_hellaswag(n, block_size, tokenizer, dist):
     return dist.together(hellaswag.load_examples, path, n, block_size, tokenizer.encode)
 
 
+def scan_vocabulary(loader):
+    """Look at up to 100M tokens, the head of every shard, before training begins."""
+    start, counts = 0, loader.tokens.counts
+    for count in counts:
+        for pos in range(start, start + min(count, 10**8 // len(counts)), 2**16):
+            ids = loader.tokens.read(pos, min(2**16, start + count - pos))
+            loader.check_vocabulary(ids, pos)
+        start += count
+
+
 def inspect_step(loader, tokenizer, step):
     """Print which tokens a step reads, row by row, with their text."""
     names, rows, documents = loader.tokens.names, list(loader.where(step)), {}

@@ -15,7 +15,6 @@ checkpoints, one training step, setting up, the loop. fineweb.py makes and opens
 hellaswag.py scores the benchmark, plot.py draws the curves, common.py holds what they share.
 """
 
-import codecs
 import contextlib
 import glob
 import math
@@ -45,7 +44,9 @@ from machine import (
     Dist, StopFlag, best_dtype, can_compile, fits_gpu, make_optimizer, measure_matmul,
     optimizer_state, processes,
 )
-from tokens import Data, encode_prompt, inspect_step, open_data, open_hellaswag
+from tokens import (
+    Data, encode_prompt, inspect_step, open_data, open_hellaswag, scan_vocabulary,
+)
 
 SHARDS = os.path.join(HERE, "edu_fineweb10B")
 
@@ -515,14 +516,6 @@ class DataLoaderLite:
                             f"beyond --vocab_size {self.vocab_size}: raise it, or give shards of "
                             "GPT-2 tokens")
 
-    def scan_vocabulary(self):
-        """Look at up to 100M tokens, the head of every shard, before training begins."""
-        start, share = 0, 10**8 // len(self.tokens.counts)
-        for count in self.tokens.counts:
-            for pos in range(start, start + min(count, share), 2**16):
-                self.check_vocabulary(self.tokens.read(pos, min(2**16, start + count - pos)), pos)
-            start += count
-
     def where(self, step):
         """(row, epoch, window, shard number, offset) of each row of a step, over all processes."""
         rows = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
@@ -658,15 +651,11 @@ def evaluate_only(run):
     if run.examples:
         score_hellaswag(run)
     if run.prompt:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-        def live(ids):
-            text = decoder.decode(run.data.tokenizer.decode_bytes(ids))
-            print(text, end="", flush=True)
-
+        decode = run.data.tokenizer.stream()
+        show = lambda ids: print(decode(ids), end="", flush=True)  # noqa: E731
         print("sample 0: ", end="")
-        live(run.prompt)
-        sample(run, lambda i, text: print(f"\nsample {i}: {text}" * (i > 0), end=""), live)
+        show(run.prompt)
+        sample(run, lambda i, text: print(f"\nsample {i}: {text}" * (i > 0), end=""), live=show)
         print()
 
 
@@ -833,7 +822,7 @@ def make_run(cfg, saved, init_model, data, dist):
                                cfg.shuffle, cfg.seed, cfg.vocab_size)
         val_loader = dist.together(DataLoaderLite, *split, data.val, None, "none", 0,
                                    cfg.vocab_size)
-        dist.together(lambda: loader.scan_vocabulary() if dist.is_main else None)
+        dist.together(lambda: scan_vocabulary(loader) if dist.is_main else None)
     return Run(cfg, dist, data, model, loader, val_loader, prompt, examples, StopFlag())
 
 
