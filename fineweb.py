@@ -490,7 +490,7 @@ def check_column(where, column, types):
     if column not in types:
         names = ", ".join(types) or "nothing"
         raise UserError(f"{where} has no column {column}, it has {names}; set --text_column")
-    if types[column] not in ("string", "large_string", "str"):
+    if types[column] not in ("string", "large_string", "string_view", "str"):
         raise UserError(f"column {column} of {where} holds {types[column]}, not text")
 
 

@@ -141,6 +141,10 @@ def test_shards_are_the_tokenized_documents(pools, texts, size):
         assert files[e["name"]] == plain.getvalue(), "not what np.save writes"
         assert (arrays[e["name"]] == cut).all() and arrays[e["name"]].dtype == np.uint16
         assert (e["tokens"], e["documents"]) == (len(cut), (cut == EOT).sum())
+        begins = [*np.flatnonzero(want == EOT), len(want)]  # of documents, and of what follows
+        at = i * size + len(cut)
+        document = int(np.searchsorted(begins, at, side="right")) - 1
+        assert e["end"] == {"document": document, "token": at - begins[document]}
     assert sum(e["tokens"] for e in entries) == len(want) and sum(map(len, files.values())) == (
         2 * len(want) + 128 * len(entries)
     )
@@ -302,30 +306,36 @@ def test_killed_at_random_moments_and_rerun(tmp_path):
     argv = ["--files", write_jsonl(tmp_path / "t.jsonl", texts), "--shard_size", "3000"]
     argv += ["--num_proc", "2", "--out", tmp_path / "killed"]
     rng, reached = random.Random(int(time.time())), []
+    finish(start({}, "Bytes", *argv[:-1], tmp_path / "whole"))
+    whole = shards_of(tmp_path / "whole")
     for i in range(5):
         process = start({}, "SlowBytes", *argv)
-        time.sleep(rng.uniform(0.3, 1.4))
-        if i == 4:  # the parent alone: its workers must not outlive it
-            process.kill()
-            process.communicate()
-            assert_group_ends(process.pid)
-        kill_group(process)
-        reached.append(len(list((tmp_path / "killed").glob("*.npy"))))
-    assert reached[-1] > 0, "no run got far enough to be worth a kill"
+        try:
+            if i:  # while it works; a line says that this run has finished a shard
+                assert process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.2 if i else 0.6))
+            if i == 4:  # the parent alone: its workers must not outlive it
+                process.kill()
+                assert_group_ends(process)
+        finally:
+            kill_group(process)
+        there = shards_of(tmp_path / "killed")
+        assert all(data == whole[name] for name, data in there.items()), "half a shard"
+        reached.append(len(there))
+    assert 0 < reached[-1] < len(whole), f"kills at {reached} shards show nothing"
     finish(start({}, "SlowBytes", *argv))
-    print("shards when killed:", reached)
-    finish(start({}, "Bytes", *argv[:-1], tmp_path / "whole"))
-    assert shards_of(tmp_path / "killed") == shards_of(tmp_path / "whole")
+    assert shards_of(tmp_path / "killed") == whole
     one, two = (fineweb.load_manifest(tmp_path / n) for n in ("killed", "whole"))
     assert one == two and (tokens_of(tmp_path / "whole") == oracle(texts)).all()
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
-def assert_group_ends(pid):
+def assert_group_ends(process):
+    process.wait()
     end = time.monotonic() + 20
     with pytest.raises(ProcessLookupError):
         while time.monotonic() < end:
-            os.killpg(pid, 0)
+            os.killpg(process.pid, 0)
             time.sleep(0.05)
 
 
