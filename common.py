@@ -27,7 +27,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # Talking to the user
 
 
-from fineweb import UserError  # noqa: E402,I001  (moves)
+class UserError(Exception):
+    """A user's mistake: one line that names the thing and the fix; commands exit with status 2."""
 
 
 class AgreedError(UserError):
@@ -53,9 +54,9 @@ def warn(message):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def one_line(error):
-    """An exception in at most 200 characters of one line."""
-    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+def one_line(error, length=200):
+    """An exception as one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:length]
 
 
 def optional_import(name, what_for):
@@ -91,16 +92,28 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(
             description=description,
+            usage="%(prog)s [--flag value ...]",
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
                 prog, max_help_position=28, width=100
             ),
         )
 
+    def parse_args(self, args=None):
+        """Takes --total-batch-size for --total_batch_size."""
+        args = sys.argv[1:] if args is None else args
+        return super().parse_args([self.underscored(a) if a[:2] == "--" else a for a in args])
+
+    @staticmethod
+    def underscored(argument):
+        name, equals, value = argument[2:].partition("=")
+        no = "no-" * name.startswith("no-")
+        return f"--{no}{name.removeprefix(no).replace('-', '_')}{equals}{value}"
+
     def error(self, message):
         hint = ""
         if message.startswith("unrecognized arguments: "):
-            unknown = message.split(": ")[1].split()[0].split("=")[0].replace("-", "_")
+            unknown = message.split(": ")[1].split()[0].split("=")[0]
             known = difflib.get_close_matches(unknown, self._option_string_actions, 1)
             hint = f"; did you mean {known[0]}?" if known else ""
         raise UserError(f"{message}{hint} (--help lists the flags)")
@@ -127,9 +140,8 @@ def add_flags(parser, cls, groups):
         if kind is not bool:
             how = dict(type=kind, choices=meta["choices"])
             how["metavar"] = None if meta["choices"] else kind.__name__.upper()
-        names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
         text = meta["text"] + (f" (default: {meta['shown']})" if meta["shown"] else "")
-        group.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, **how)
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
 
 
 def check_ranges(config):
@@ -150,6 +162,20 @@ def check_ranges(config):
 # Files: written whole or not at all, and locked while somebody is at work
 
 
+def put_in_place(f, path):
+    """Make a written temporary file durable and give it its name."""
+    f.flush()
+    os.fsync(f.fileno())
+    f.close()  # before the rename: Windows renames no open file
+    os.replace(f.name, path)
+    if os.name == "posix":  # the new name is on the disk when its folder is
+        fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file that replaces `path` when it is complete and on the disk; else nothing does."""
@@ -157,15 +183,7 @@ def atomic_write(path):
     try:
         with open(tmp, "wb") as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-        if os.name == "posix":  # the new name is on the disk when its folder is
-            fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            put_in_place(f, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(tmp)
@@ -195,8 +213,10 @@ def try_lock(f):
             f.seek(0)
             msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
         return True
-    except OSError:
+    except (BlockingIOError, PermissionError):
         return False
+    except OSError:  # some network file systems know no locks
+        return os.name == "posix"
 
 
 # -----------------------------------------------------------------------------

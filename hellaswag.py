@@ -32,7 +32,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from fineweb import UserError, get_tokenizer
+from common import UserError
+from tokens import get_tokenizer
 
 # -----------------------------------------------------------------------------
 # The file: checked when it arrives, and fetched by one process while the others wait for it

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fineweb import UserError
+from common import UserError
 
 # -----------------------------------------------------------------------------
 # What runs are compared with

@@ -5,14 +5,14 @@ Reproduce GPT-2 (124M): the model, the data loader and the training loop in one 
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    # 8 GPUs
     python train_gpt2.py --init log/last.pt --eval_only --prompt "The sea" --sample_length 200
 
-In the line of build-nanogpt, with its names and its numbers. Two ideas carry what is added:
-`step` counts completed updates everywhere, and the batch of a step is a function of that step
-alone. So a run can be stopped, resumed, moved to another number of processes or inspected, and
-nothing but the step has to be remembered to know which tokens come next.
+In the line of build-nanogpt, with its names and its numbers. Two ideas carry what is added: `step`
+counts completed updates everywhere, and the batch of a step is a function of that step alone. So a
+run can be stopped, resumed, moved to another number of processes or inspected, and nothing but the
+step has to be remembered to know which tokens come next.
 
-Read it from the top: flags, model, weights in and out, optimizer and schedule, data, evaluation,
-checkpoints, one training step, setting up, the loop. fineweb.py makes and opens the shards,
-hellaswag.py scores the benchmark, plot.py draws the curves, common.py holds what they share.
+Read it from the top: flags, model, optimizer and schedule, data, evaluation, one training step,
+setting up, the loop. Beside it: tokens.py (tokenizer, shards), loss.py, checkpoint.py, machine.py
+(processes, device), common.py (errors, flags, files), hellaswag.py, plot.py.
 """
 
 import contextlib
@@ -30,7 +30,6 @@ import torch.distributed
 import torch.nn as nn
 from torch.nn import functional as F
 
-import fineweb
 from checkpoint import (
     check_resume, describe_data, export_hf, load_for_resume, read_checkpoint, save_checkpoint,
     swap_conv1d,
@@ -45,7 +44,7 @@ from machine import (
     optimizer_state, processes,
 )
 from tokens import (
-    Data, encode_prompt, inspect_step, open_data, open_hellaswag, scan_vocabulary,
+    MANIFEST, Data, encode_prompt, inspect_step, open_data, open_hellaswag, scan_vocabulary,
 )
 
 SHARDS = os.path.join(HERE, "edu_fineweb10B")
@@ -59,13 +58,10 @@ GPT2_SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
-PRESETS = {
-    "gpt2": GPT2_SIZES["gpt2"] | dict(max_lr=6e-4),
-    "gpt2-medium": GPT2_SIZES["gpt2-medium"] | dict(max_lr=3e-4),
-    "gpt2-large": GPT2_SIZES["gpt2-large"] | dict(max_lr=2.5e-4),
-    "gpt2-xl": GPT2_SIZES["gpt2-xl"] | dict(max_lr=2e-4),
-    "smoke": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, T=128, total_batch_size=1024,
-                  max_lr=3e-3, warmup_steps=10, max_steps=100, eval_every=25,
+MAX_LR = dict(zip(GPT2_SIZES, (6e-4, 3e-4, 2.5e-4, 2e-4), strict=True))  # GPT-3 paper, table 2.1
+PRESETS = {name: size | dict(max_lr=MAX_LR[name]) for name, size in GPT2_SIZES.items()} | {
+    "smoke": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, T=128, total_batch_size=512,
+                  max_lr=1e-3, warmup_steps=10, max_steps=120, eval_every=40,
                   data=os.path.join(HERE, "input.txt")),
 }
 FLAG_GROUPS = dict(preset="model", data="data", max_lr="optimization", device="machine",
@@ -145,8 +141,7 @@ class TrainConfig:
         if self.n_embd % self.n_head:
             raise UserError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}")
         if self.pos == "rope" and self.n_embd // self.n_head % 2:
-            raise UserError(f"--pos rope needs an even n_embd / n_head, not "
-                            f"{self.n_embd // self.n_head}")
+            raise UserError("--pos rope needs an even n_embd / n_head")
         if self.T > self.block_size:
             raise UserError(f"--T {self.T} is beyond --block_size {self.block_size}: lower T or "
                             "raise block_size")
@@ -195,8 +190,7 @@ class GPTConfig:
 
 
 def make_norm(config):
-    norm = nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm
-    return norm(config.n_embd, eps=1e-5)
+    return (nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm)(config.n_embd, eps=1e-5)
 
 
 def rotate(x, cos, sin):
@@ -347,9 +341,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T):
         """Of training: 6 per weight, 12 L C T for attention (PaLM, arXiv 2204.02311, app. B)."""
-        c = self.config
-        n = sum(p.numel() for p in self.parameters())
-        n -= c.block_size * c.n_embd if c.pos == "learned" else 0
+        c, names = self.config, self.named_parameters()
+        n = sum(p.numel() for name, p in names if name != "transformer.wpe.weight")
         return 6 * n + 12 * c.n_layer * c.n_embd * T
 
     def configure_optimizers(self, weight_decay, learning_rate, device_type, skip=(), zero=False):
@@ -415,16 +408,17 @@ def load_weights(name, device="cpu"):
 
 def make_optimizers(model, cfg, device_type, zero):
     """{"adamw": ...}, and with --optimizer muon {"muon": ...} for the matrices in the blocks."""
-    if cfg.optimizer == "adamw":
-        return {"adamw": model.configure_optimizers(cfg.weight_decay, cfg.max_lr, device_type,
-                                                    zero=zero)}
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    say(f"using Muon for {len(matrices)} matrices")
-    # match_rms_adamw scales Muon's updates so that AdamW's learning rate suits both
-    muon = make_optimizer(torch.optim.Muon, matrices, zero, lr=cfg.max_lr,
-                          weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return {"muon": muon, "adamw": model.configure_optimizers(
-        cfg.weight_decay, cfg.max_lr, device_type, skip=matrices, zero=zero)}
+    matrices = matrices if cfg.optimizer == "muon" else []
+    optimizers = {"adamw": model.configure_optimizers(cfg.weight_decay, cfg.max_lr, device_type,
+                                                      skip=matrices, zero=zero)}
+    if matrices:
+        say(f"using Muon for {len(matrices)} matrices")
+        # match_rms_adamw scales Muon's updates so that AdamW's learning rate suits both
+        optimizers["muon"] = make_optimizer(
+            torch.optim.Muon, matrices, zero, lr=cfg.max_lr, weight_decay=cfg.weight_decay,
+            adjust_lr_fn="match_rms_adamw")
+    return optimizers
 
 
 def get_lr(it, max_lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073):
@@ -451,7 +445,7 @@ class DataLoaderLite:
     row (m*W + k)*B + b goes to micro-step m, process k of W, row b: the same rows make the same
     step for any number of processes and any B.
 
-    tokens: a fineweb.TokenStream of at least T + 1 tokens, else UserError. shuffle: "none", or
+    tokens: a tokens.TokenStream of at least T + 1 tokens, else UserError. shuffle: "none", or
     "windows": one permutation per epoch, the same on all processes, drawn from (seed, epoch).
     """
 
@@ -493,7 +487,8 @@ class DataLoaderLite:
         """The permutation of an epoch; two are kept, for a step across the border."""
         if epoch not in self.orders:
             order = np.arange(self.n_windows, dtype=np.uint32)  # 4 bytes: 40 MB for 10B tokens
-            np.random.default_rng([self.seed, epoch]).shuffle(order)
+            # RandomState, unlike default_rng, promises the same numbers in every version of numpy
+            np.random.RandomState([self.seed % 2**32, self.seed >> 32, epoch]).shuffle(order)
             self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1} | {epoch: order}
         return self.orders[epoch]
 
@@ -576,11 +571,11 @@ def validate(run):
     wanted = run.cfg.val_tokens or (65536 if dist.device.type == "cpu" else 10485760)
     n = min(max(1, wanted // loader.T), loader.n_windows)
     total = torch.zeros((), device=dist.device)
-    for first in range(dist.rank * loader.B, n + dist.rank * loader.B,
-                       loader.B * dist.world_size):  # as often on every process
+    for first in range(0, n, loader.B * dist.world_size):  # as often on every process
         if run.stop.anywhere(dist):
             return None
-        windows = np.arange(first, min(first + loader.B, n))
+        mine = first + dist.rank * loader.B
+        windows = np.arange(mine, min(mine + loader.B, n))
         if len(windows):
             x, y = (t.to(dist.device) for t in loader.read(windows))
             with run.autocast():
@@ -874,7 +869,7 @@ def describe_run(run):
                 micro_steps=loader.micro_steps, processes=run.dist.world_size,
                 device=f"{device} ({name})", compile=run.compiled, data=data.identity,
                 tokenizer=data.tokenizer_name,
-                **versions(os.path.join(cfg.data or SHARDS, fineweb.MANIFEST)))
+                **versions(os.path.join(cfg.data or SHARDS, MANIFEST)))
 
 
 # -----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from local_hub import Hub
 
 import fineweb
+import tokens as tokens_module
 from fineweb import EOT, Tokenizer, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -592,7 +593,7 @@ def save_any(path, tokens):
 @pytest.mark.parametrize("pattern", ["edufineweb_{}_{:06d}.npy", "finewebedu10T_{}_{:04d}.npy",
                                      "fineweb_{}_{:06d}.bin", "{}_{}.bin"])  # fmt: skip
 def test_folders_of_all_makers_are_one_stream(tmp_path, pattern, monkeypatch):
-    monkeypatch.setattr(fineweb, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(tokens_module, "MAX_OPEN_FILES", 2)
     rng = np.random.default_rng(0)
     parts = [rng.integers(0, 65536, n, dtype=np.uint16) for n in (50, 7, 1, 64, 30)]
     for i, part in enumerate(parts):

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import hellaswag
-from fineweb import Tokenizer, UserError, get_tokenizer
+from common import UserError
+from tokens import Tokenizer, get_tokenizer
 from hellaswag import collate, evaluate, load_examples, pack, prepare, render_example, score_batch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import plot
-from fineweb import UserError
+from common import UserError
 
 GPT2 = {
     "max_lr": 6e-4,

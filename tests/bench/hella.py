@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import hellaswag  # noqa: E402
-from fineweb import get_tokenizer  # noqa: E402
+from tokens import get_tokenizer  # noqa: E402
 from train_gpt2 import GPT, GPTConfig  # noqa: E402
 
 
