@@ -62,7 +62,7 @@ class Dist:
         for rank, other in enumerate(everybody):
             for name in sorted(everybody[0].keys() | other.keys()):
                 first, here = (f.get(name, "not given") for f in (everybody[0], other))
-                if first != here:
+                if repr(first) != repr(here):  # nan is not equal to itself
                     raise AgreedError(f"--{name} is {first} on rank 0 but {here} on rank {rank}: "
                                       "start all processes with the same flags")
 

@@ -97,7 +97,7 @@ def test_hellaswag_losses_are_build_nanogpts(golden_run):
 def test_import_is_silent_and_light(tmp_path):
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import train_gpt2, fineweb, hellaswag, "
             "plot; print([m for m in ('transformers', 'datasets', 'tiktoken', 'requests', "
-            "'matplotlib', 'tqdm', 'wandb', 'torch._dynamo') if m in sys.modules])")
+            "'matplotlib', 'wandb', 'torch._dynamo') if m in sys.modules])")
     result = subprocess.run([sys.executable, "-B", "-c", code, str(ROOT)], capture_output=True,
                             text=True, cwd=tmp_path)
     assert (result.stdout, result.stderr) == ("[]\n", "")

@@ -1,0 +1,175 @@
+"""
+The lecture's ladder of speed-ups as one command: each rung adds one to the rung before.
+
+    python tests/bench/ladder.py                                # small model on a CPU, 3 minutes
+    python tests/bench/ladder.py --n_layer 12 --B 4 --T 256 --only shipped,ours,compiled
+    python tests/bench/ladder.py --device cuda                  # 124M, B=64, T=1024
+    python tests/bench/ladder.py --memory --n_layer 12 --B 4    # peak memory, a process a rung
+
+All rungs are built first and then timed in turn, round after round, so that a machine whose speed
+drifts slows them alike. Printed: median ms per step, tokens/s, mfu (train_gpt2.py's definition:
+model FLOPs over the rate of a large matrix product in bfloat16 on this device), and the ratio to
+the first rung and to "shipped": build-nanogpt's own configuration.
+"""
+
+import argparse
+import contextlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import loss  # noqa: E402
+from machine import measure_matmul, synchronize  # noqa: E402
+from train_gpt2 import GPT, GPTConfig  # noqa: E402
+
+PLAIN = dict(tf32=False, bf16=False, compile=False, flash=False, vocab=50257, fused=False,
+             lean=False, prefetch=False)
+STEPS = [("tf32", dict(tf32=True)), ("bf16", dict(bf16=True)), ("compile", dict(compile=True)),
+         ("flash", dict(flash=True)), ("vocab 50304", dict(vocab=50304)),
+         ("fused AdamW", dict(fused=True)), ("prefetch", dict(prefetch=True))]
+
+
+def rungs(device_type):
+    """{name: settings}: the ladder, build-nanogpt as it ships, and what train_gpt2.py runs."""
+    found, settings = {"float32": PLAIN}, PLAIN
+    for name, change in STEPS:
+        if device_type == "cuda" or name not in ("tf32", "prefetch"):
+            settings = settings | change
+            found[name] = settings
+    full = PLAIN | dict(tf32=True, bf16=True, flash=True, vocab=50304, fused=True, prefetch=True)
+    found["shipped"] = full | dict(fused=device_type == "cuda", prefetch=False)
+    found["ours"] = full | dict(lean=True)  # --no-compile
+    found["compiled"] = full | dict(compile=True, lean=True)  # --compile; the compiler fuses
+    return found
+
+
+class Rung:
+    """A model with its optimizer; step() is one update from one micro-batch."""
+
+    def __init__(self, settings, args):
+        self.s, self.args = settings, args
+        torch.manual_seed(1337)
+        width = dict(n_head=args.n_embd // 64, n_embd=args.n_embd, n_layer=args.n_layer)
+        self.model = GPT(GPTConfig(vocab_size=settings["vocab"], **width)).to(args.device)
+        decay = [p for p in self.model.parameters() if p.dim() >= 2]
+        rest = [p for p in self.model.parameters() if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+            lr=6e-4, betas=(0.9, 0.95), fused=settings["fused"])
+        self.net = torch.compile(self.model) if settings["compile"] else self.model
+        self.cpu_batch = torch.randint(0, 50257, (args.B, args.T + 1))
+        self.batch, self.times = self.fetch(), []
+
+    def fetch(self):
+        ids = self.cpu_batch
+        if self.s["prefetch"] and self.args.device == "cuda":
+            ids = ids.pin_memory()
+        ids = ids.to(self.args.device, non_blocking=self.s["prefetch"])
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step(self):
+        s, kind = self.s, torch.device(self.args.device).type
+        torch.set_float32_matmul_precision("high" if s["tf32"] and kind == "cuda" else "highest")
+        loss.CHUNK_ROWS = {"cpu": 512, "cuda": 4096} if s["lean"] else {"cpu": 2**40, "cuda": 2**40}
+        sdpa = contextlib.nullcontext() if s["flash"] else sdpa_kernel(SDPBackend.MATH)
+        x, y = self.batch if s["prefetch"] else self.fetch()
+        with torch.autocast(kind, torch.bfloat16, enabled=s["bf16"]), sdpa:
+            _, value = self.net(x, y)
+        value.backward()
+        if s["prefetch"]:
+            self.batch = self.fetch()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        value.item()
+
+    def timed_step(self):
+        synchronize(torch.device(self.args.device))
+        start = time.perf_counter()
+        self.step()
+        synchronize(torch.device(self.args.device))
+        self.times.append(time.perf_counter() - start)
+
+
+def peak_memory(args, names):
+    """Peak memory of two steps, each rung in a process of its own."""
+    shipped = None
+    for name in sorted(names, key=lambda n: n != "shipped"):
+        command = [sys.executable, __file__, "--child", name, "--device", args.device]
+        command += [f"--{k}={getattr(args, k)}" for k in ("n_layer", "n_embd", "B", "T")]
+        gb = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        shipped = shipped or gb
+        print(f"{name:12} peak {gb:6.2f} GB   {gb / shipped:.2f} of shipped", flush=True)
+
+
+def child(args):
+    rung = Rung(rungs(torch.device(args.device).type)[args.child], args)
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rung.step()
+    rung.step()
+    if args.device == "cuda":
+        print(torch.cuda.max_memory_allocated() / 1e9)
+    else:
+        print(max(base, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--n_layer", type=int)
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--B", type=int)
+    parser.add_argument("--T", type=int)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--only", default="", help="names of rungs, with commas")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    big = args.device.startswith("cuda")
+    for name, value in dict(n_layer=12 if big else 2, B=64 if big else 2, T=1024 if big else 256,
+                            rounds=20 if big else 5).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.child:
+        return child(args)
+    names = rungs(torch.device(args.device).type)
+    if args.only:
+        names = {n: names[n] for n in args.only.split(",")}
+    elif args.memory:
+        names = {n: names[n] for n in ("shipped", "ours", "compiled")}
+    if args.memory:
+        return peak_memory(args, names)
+    built = {n: Rung(s, args) for n, s in names.items()}
+    for rung in built.values():
+        rung.step()
+        rung.step()
+    rates = []
+    for _ in range(args.rounds):
+        rates.append(measure_matmul(torch.device(args.device), torch.bfloat16))
+        for rung in built.values():
+            rung.timed_step()
+    rate, tokens = statistics.median(rates), args.B * args.T
+    print(f"{args.n_layer} layers, {args.n_embd} wide, B={args.B}, T={args.T}, {args.device}, "
+          f"torch {torch.__version__}; large bfloat16 product {rate / 1e12:.3f} TFLOP/s")
+    medians = {n: statistics.median(r.times) for n, r in built.items()}
+    first, shipped = next(iter(medians.values())), medians.get("shipped")
+    print(f"{'rung':12} {'ms/step':>9} {'tok/s':>9} {'mfu':>6} {'x first':>8} {'x shipped':>9}")
+    for name, seconds in medians.items():
+        mfu = built[name].model.flops_per_token(args.T) * tokens / seconds / rate
+        ratio = f"{shipped / seconds:9.2f}" if shipped else " " * 9
+        print(f"{name:12} {1000 * seconds:9.1f} {tokens / seconds:9.0f} {100 * mfu:5.1f}% "
+              f"{first / seconds:8.2f} {ratio}")
+
+
+if __name__ == "__main__":
+    main()
