@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT, TINY, write_shards
 
 import train_gpt2
-from fineweb import EOT, Tokenizer, UserError, open_shards
+from common import UserError
+from tokens import EOT, Tokenizer, open_shards
 from train_gpt2 import DataLoaderLite
 
 
@@ -145,7 +146,7 @@ MEMORY = """
 import os, resource, sys, time
 import psutil
 sys.path.insert(0, {root!r})
-from fineweb import open_shards
+from tokens import open_shards
 from train_gpt2 import DataLoaderLite
 
 process = psutil.Process()
