@@ -30,10 +30,10 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import re
 import signal
 import sys
-import threading
 import time
 import zlib
 
@@ -54,7 +54,7 @@ TEMPORARY = ".tmp"  # ends the name of a file until it is whole
 # -----------------------------------------------------------------------------
 # Documents: texts in an order that never changes, given out as jobs for the workers
 
-JOB_TOKENS = 1 << 17  # about what a worker is given at a time: 30 ms of work
+JOB_TOKENS = 1 << 18  # about what a worker is given at a time: 60 ms of work
 JOB_DOCUMENTS = 1000
 STREAM_BUFFER = 10_000  # documents that --streaming --shuffle draws from
 
@@ -279,19 +279,65 @@ def resolve_revision(args):
 # -----------------------------------------------------------------------------
 # Workers: texts in, tokens out, in order
 
-WORKER = {}  # in a worker process: what start_worker was given
+
+class Workers:
+    """
+    Processes that tokenize. A thread of this process waits for each: it sends a job, receives the
+    result, and finds a broken pipe where the worker is dead. (concurrent.futures' own pool of
+    processes can hang there before Python 3.11.6 and 3.12.1.) A worker in turn ends when its pipe
+    breaks, that is with this process, however that ends.
+    """
+
+    def __init__(self, num_proc, encode, source):
+        # Spawned everywhere: a fork would copy locks that threads of pyarrow or of the hub hold.
+        context, self.pipes = multiprocessing.get_context("spawn"), queue.SimpleQueue()
+        table = source if isinstance(source, Table) else None
+        self.threads = concurrent.futures.ThreadPoolExecutor(num_proc)
+        self.processes = []
+        for _ in range(num_proc):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=work, args=(theirs, encode, table), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.put(mine)
+
+    def submit(self, job):
+        """Future of tokenize's result for a list of texts, or for (first, end) of the Table."""
+        return self.threads.submit(self._ask, job)
+
+    def _ask(self, job):
+        pipe = self.pipes.get()
+        try:
+            pipe.send(job)
+            result = pipe.recv()
+        except (EOFError, OSError) as e:
+            raise RunError("a worker process died (killed, or out of memory?)") from e
+        finally:
+            self.pipes.put(pipe)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self):
+        self.threads.shutdown(cancel_futures=True)
+        for _ in self.processes:
+            self.pipes.get().close()
+        for process in self.processes:
+            process.join()
 
 
-def start_worker(encode, table):
-    """Runs first in each worker."""
+def work(pipe, encode, table):
+    """What a worker does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    WORKER.update(encode=encode, table=table)
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()  # however it ends, a SIGKILL included
-    os._exit(1)
+    with contextlib.suppress(EOFError, OSError):  # the parent has ended
+        while True:
+            job = pipe.recv()
+            try:
+                result = tokenize(job if isinstance(job, list) else table.texts(*job), encode)
+            except Exception as e:
+                result = e
+            pipe.send(result)
 
 
 def tokenize(texts, encode):
@@ -304,22 +350,7 @@ def tokenize(texts, encode):
     return np.concatenate(parts), np.array([1 + len(p) for p in parts[1::2]])
 
 
-def run_job(job):
-    texts = job if isinstance(job, list) else WORKER["table"].texts(*job)
-    return tokenize(texts, WORKER["encode"])
-
-
-def start_workers(num_proc, encode, source):
-    # Spawned everywhere: a fork would copy locks that threads of pyarrow or of the hub hold.
-    return concurrent.futures.ProcessPoolExecutor(
-        min(num_proc, 61) if os.name == "nt" else num_proc,  # Windows waits for 61 at most
-        multiprocessing.get_context("spawn"),
-        start_worker,
-        (encode, source if isinstance(source, Table) else None),
-    )
-
-
-def tokenized(source, pool, ahead, first):
+def tokenized(source, workers, ahead, first):
     """
     Yields (first document, tokens, lengths, note) for all documents from `first` on, in order,
     with up to `ahead` jobs given out beyond the one that is waited for. Where the source breaks
@@ -330,7 +361,7 @@ def tokenized(source, pool, ahead, first):
         while True:
             try:
                 while broken is None and len(pending) <= ahead and (job := next(jobs, None)):
-                    pending.append((job[0], pool.submit(run_job, job[1]), job[2]))
+                    pending.append((job[0], workers.submit(job[1]), job[2]))
             except (UserError, RunError) as e:
                 broken = e
             if not pending:
@@ -539,11 +570,11 @@ def prepare(args, tokenizer=None):
             source = open_files(args) if args.files else open_hub(args, manifest["note"])
             args.writing = True
             save_manifest(args.out, manifest)
-            pool = start_workers(args.num_proc, tokenizer.encode, source)
+            workers = Workers(args.num_proc, tokenizer.encode, source)
             try:
-                make(source, pool, args, manifest, gone)
+                make(source, workers, args, manifest, gone)
             finally:
-                pool.shutdown(cancel_futures=True)
+                workers.close()
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(args.out, SHUFFLE_COPY))
     tokens, shards = manifest["tokens"], manifest["shards"]
@@ -554,7 +585,7 @@ def prepare(args, tokenizer=None):
         print(f"all of it is the val shard; for train shards, --shard_size well below {tokens:,}")
 
 
-def make(source, pool, args, manifest, gone):
+def make(source, workers, args, manifest, gone):
     """Write again the shards number `gone`, and then all that are not in the manifest yet."""
     from tqdm import tqdm
 
@@ -562,7 +593,7 @@ def make(source, pool, args, manifest, gone):
     ahead = max(32, 3 * args.num_proc)  # enough to do while a shard is brought to disk
 
     def write(index, start, left, progress=lambda *_: None):
-        batches = tokenized(source, pool, ahead, start["document"])
+        batches = tokenized(source, workers, ahead, start["document"])
         return write_shards(batches, args.out, args.shard_size, index, start, left, progress)
 
     for i in gone:
@@ -739,8 +770,6 @@ def main(argv=None, tokenizer=None):
         status, why = 2, str(e)
     except KeyboardInterrupt:
         status, why = 130, "stopped"
-    except concurrent.futures.BrokenExecutor:
-        status, why = 1, "a worker process died (killed, or out of memory?)"
     except (RunError, OSError) as e:
         status, why = 1, str(e)
     if args.writing:

@@ -99,10 +99,10 @@ def write_parquet(path, texts, rows=50):
 
 @pytest.fixture(scope="module")
 def pools():
-    made = {n: fineweb.start_workers(n, BYTES.encode, None) for n in (1, 2, 3)}
+    made = {n: fineweb.Workers(n, BYTES.encode, None) for n in (1, 2, 3)}
     yield made
     for pool in made.values():
-        pool.shutdown()
+        pool.close()
 
 
 def write_all(texts, pool, folder, size, position=None, left=float("inf"), index=0):
@@ -447,7 +447,8 @@ def test_mistakes_with_the_hub(hub, tmp_path, flags, status, says):
 
 
 def test_a_worker_that_dies_ends_the_run(tmp_path):
-    path = write_jsonl(tmp_path / "t.jsonl", ["fine", "deadly"])
+    # Long documents behind it: what is on its way to a dead worker must not block the others.
+    path = write_jsonl(tmp_path / "t.jsonl", ["fine", "deadly", *["x" * 300_000] * 40])
     argv = ["--files", path, "--out", tmp_path / "out", "--num_proc", "2"]
     _, err = finish(start({}, "DeadlyBytes", *argv), 1)
     assert "a worker process died" in err and err.count("\n") == 1
@@ -618,7 +619,7 @@ def test_folders_of_all_makers_are_one_stream(tmp_path, pattern, monkeypatch):
 
 
 def test_documents_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "PIECE", 5)
+    monkeypatch.setattr(tokens_module, "PIECE", 5)
     rng = np.random.default_rng(1)
     parts = [np.where(rng.random(n) < 0.3, EOT, 7).astype(np.uint16) for n in (40, 23)]
     for i, part in enumerate(parts):
