@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,11 @@ def run_main(program, command):
             time.sleep(10)  # torchrun ends this process once the main one has printed and gone
         if is_main_process() or not isinstance(e, AgreedError):
             print(f"{program}: error: {e}", file=sys.stderr, flush=True)
+    except RuntimeError as e:
+        if not re.search("onnection (closed|reset|refused)", str(e)):
+            raise
+        rank, status = os.environ.get("RANK"), 1
+        print(f"{program}: rank {rank} stops: another process is gone", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     sys.exit(status)

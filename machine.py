@@ -3,6 +3,7 @@ The processes of a run and the device each of them has, on torch.distributed und
 """
 
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -15,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from common import AgreedError, UserError, one_line, warn
+from common import AgreedError, UserError, is_main_process, one_line, warn
 
 # -----------------------------------------------------------------------------
 # Processes: one, or several under torchrun
@@ -274,6 +275,8 @@ def fits_gpu(attempt, n_bytes, device):
 
 def can_compile(device):
     """Whether torch.compile works here; where it does not, a warning says why."""
+    if not is_main_process():  # what the compiler warns of is said once
+        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
         return True

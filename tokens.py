@@ -368,9 +368,6 @@ def open_tokenizer(is_text, wanted, dist):
     The main process decides and the others follow. Shards hold GPT-2's BPE tokens, so nothing
     else will do there; without the vocabulary such a run goes on, but shows no samples.
     """
-    if not is_text and wanted == "bytes":
-        raise AgreedError("the checkpoint's tokens are the byte fallback's, those of the shards "
-                          "are GPT-2's: give the text file that it was trained on with --data")
     tokenizer = name = error = None
     if dist.is_main:
         try:
@@ -390,29 +387,39 @@ def open_tokenizer(is_text, wanted, dist):
     return dist.together(lambda: tokenizer or get_tokenizer(name)), name
 
 
-def open_data(path, wanted, dist, optional=False):
-    """Open a folder of shards or a text file on every process; wanted: a tokenizer's name or None.
+def open_data(path, wanted, dist, needed=True, optional=False):
+    """Open a folder of shards or a text file on every process: a Data.
 
-    optional: go on without data where there is nothing at `path`.
+    wanted: a tokenizer's name, or None. needed: whether shards are to be decoded at all. optional:
+    go on without data where there is nothing at `path`.
     """
     is_text = os.path.isfile(path)
-    missing = optional and not any(dist.gather(os.path.exists(path)))
-    tokenizer, name = open_tokenizer(is_text or missing, wanted, dist)
-    if missing:
+    if optional and not any(dist.gather(os.path.exists(path))):
         say(f"no data at {path}: no validation")
-        return Data(None, None, {}, tokenizer, name)
+        return Data(None, None, {}, *open_tokenizer(True, wanted, dist))
+    tokenizer, name = open_tokenizer(True, wanted, dist) if is_text else (None, "gpt2")
+    if wanted and wanted != name:
+        raise AgreedError(f"the checkpoint's tokens are the byte fallback's, those in {path} are "
+                          "GPT-2's: give the text file that it was trained on with --data")
 
     def open_streams():
         if is_text:
             train, val, digest = open_text(path, tokenizer.encode)
-            kind = f"text {digest}"
-        else:
-            train, val = open_shards(path, "train"), open_shards(path, "val")
-            kind = f"{len(train.names)} shards"
-        shards = [] if is_text else list(zip(train.names, train.counts, strict=True))
-        return train, val, {"kind": kind, "tokens": len(train), "shards": [list(s) for s in shards]}
+            return train, val, {"kind": f"text {digest}", "tokens": len(train), "shards": []}
+        train, val = open_shards(path, "train"), open_shards(path, "val")
+        shards = [list(s) for s in zip(train.names, train.counts, strict=True)]
+        kind = f"{len(shards)} shards"
+        return train, val, {"kind": kind, "tokens": len(train), "shards": shards}
 
-    return Data(*dist.together(open_streams), tokenizer, name)
+    train, val, identity = dist.together(open_streams)
+    everybody = dist.gather([identity, val.names, val.counts])
+    for rank, other in enumerate(everybody):
+        if other != everybody[0]:
+            raise AgreedError(f"on rank {rank}: other data in {path} than on rank 0 (shards or "
+                              "their sizes)")
+    if needed and not is_text:
+        tokenizer, name = open_tokenizer(False, wanted, dist)
+    return Data(train, val, identity, tokenizer, name)
 
 
 def encode_prompt(cfg, tokenizer):

@@ -304,10 +304,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """idx (B, T) -> (logits (B, T, vocab_size), None); with targets (B, T) -> (None, loss).
-
-        The loss is the mean over all B*T tokens.
-        """
+        """idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, mean loss)."""
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
@@ -346,10 +343,8 @@ class GPT(nn.Module):
         return 6 * n + 12 * c.n_layer * c.n_embd * T
 
     def configure_optimizers(self, weight_decay, learning_rate, device_type, skip=(), zero=False):
-        """AdamW as build-nanogpt has it: matrices and embeddings decay, biases and norms do not.
-
-        `skip`: parameters that another optimizer takes. `zero`: shard the state over the processes.
-        """
+        """AdamW: matrices and embeddings decay, biases and norms do not. `skip`: parameters that
+        another optimizer takes; `zero`: shard the state over the processes."""
         skip = set(skip)
         params = [p for p in self.parameters() if p.requires_grad and p not in skip]
         decay, nodecay = ([p for p in params if (p.dim() >= 2) == d] for d in (True, False))
@@ -798,12 +793,11 @@ def choose_B(cfg, rows, model, dist):
     return B
 
 
-def make_run(cfg, saved, init_model, data, dist):
-    """The part of a run that evaluation needs too: model, data, prompt, examples."""
+def make_run(cfg, saved, init_model, data, n_examples, dist):
+    """The part of a run that evaluation needs too: model, data, prompt, HellaSwag examples."""
     rows = 64 if cfg.eval_only else dist.together(check_batch, cfg, dist.world_size)
     prompt = dist.together(lambda: encode_prompt(cfg, data.tokenizer) if dist.is_main else [])
-    wanted = (0 if dist.device.type == "cpu" else 10042) if cfg.hellaswag is None else cfg.hellaswag
-    examples = open_hellaswag(wanted, cfg.block_size, data.tokenizer, dist)
+    examples = open_hellaswag(n_examples, cfg.block_size, data.tokenizer, dist)
     torch.manual_seed(cfg.seed)
     shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
     model = init_model or GPT(GPTConfig(**shape))
@@ -970,7 +964,11 @@ def run_command(given, dist):
             say(f"the run in {cfg.log_dir} is finished: {cfg.max_steps} steps, validation loss "
                 f"{saved['val_loss']:.4f}")
             return 0
+    n_examples = cfg.hellaswag
+    if n_examples is None:
+        n_examples = 0 if dist.device.type == "cpu" else 10042
     data = open_data(cfg.data or SHARDS, saved["tokenizer"] if saved else init[1], dist,
+                     needed=cfg.num_samples or n_examples or cfg.inspect is not None,
                      optional=cfg.eval_only and "data" not in given)
     if saved and not cfg.eval_only:
         dist.together(check_resume, *({"--data": describe_data(identity)}
@@ -980,7 +978,7 @@ def run_command(given, dist):
         loader = DataLoaderLite(1, cfg.T, 0, 1, data.train, cfg.total_batch_size // cfg.T,
                                 cfg.shuffle, cfg.seed)
         return inspect_step(loader, data.tokenizer, cfg.inspect) if dist.is_main else 0
-    run = make_run(cfg, saved, init[0], data, dist)
+    run = make_run(cfg, saved, init[0], data, n_examples, dist)
     return evaluate_only(run) if cfg.eval_only else train_and_report(run, saved)
 
 

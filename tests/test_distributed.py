@@ -417,8 +417,7 @@ def test_a_failing_rank_ends_the_job(two):
         ("flags", ["--max_lr", "0.003", "0.001", "rank 0", "rank 1"]),
         ("absent", ["--zero", "not given", "True", "rank 1"]),
         ("blind", ["rank 1", "shards"]),
-        pytest.param("other", ["rank 1", "shards"], marks=pytest.mark.xfail(
-            reason="ranks that read other shards are not noticed")),
+        ("other", ["rank 1", "shards"]),
     ],
 )
 def test_ranks_that_differ_are_named(two, name, words):

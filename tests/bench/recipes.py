@@ -107,7 +107,8 @@ def report(runs, args):
     total, base_rate = runs["baseline"][0][0][-1][0], runs["baseline"][0][1]
     print(f"\n{args.n_layer} layers, {args.n_embd} wide, {total:,} tokens, "
           f"baseline's last validation loss {target:.4f}")
-    print(f"{'recipe':36} {'val loss':>9} {'spread':>7} {'to baseline':>11} {'speed':>6} {'time':>6}")
+    titles = ("val loss", "spread", "to baseline", "speed", "time")
+    print(f"{'recipe':36} " + " ".join(map("{:>{}}".format, titles, (9, 7, 11, 6, 6))))
     for name, results in runs.items():
         values = [curve[-1][1] for curve, _ in results]
         spread = f"{max(values) - min(values):.3f}" if len(values) > 1 else ""

@@ -5,15 +5,17 @@ Kill runs with SIGKILL at random moments, resume them, and count what differs in
     python tests/bench/stress.py --kills 6 --only eager,processes --seed 3
 
 Each kind of run is made once without a disturbance; then the same command with --resume is killed
-at uniformly random moments of its life (start-up, steps, evaluations, saves, teardown) until it has
-had its share of kills, and goes on to its end. Every run crosses the end of an epoch several times.
+again and again at random moments (start-up, steps, evaluations, saves, teardown) until it has had
+its share of kills, and goes on to its end. Every run crosses the end of an epoch several times.
 With two processes, the victim is a random rank or torchrun itself.
 """
 
 import argparse
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,40 +49,53 @@ def moment(text):
     return "start-up"
 
 
-def one_process(forks, flags, folder, kills, seconds, rng):
-    """Kill and resume; returns the moments of the kills."""
-    moments = []
-    while True:
-        run = forks.start(*flags, "--log_dir=log", "--resume", cwd=folder)
-        if len(moments) == kills:
-            run.end(600).good()
-            return moments
-        time.sleep(rng.uniform(0, seconds))
-        if run.kill().end().status == -signal.SIGKILL:
-            moments.append(moment(run.stdout))
-        elif run.status:
-            sys.exit(run.stderr)
+def killed(forks, kind, flags, folder, seconds, rng):
+    """One run with --resume, killed at a random moment: that moment, or None where it ended."""
+    flags = [*flags, "--log_dir=log", "--resume"]
+    wait = rng.uniform(0, seconds)
+    if kind != "processes":
+        run = forks.start(*flags, cwd=folder)
+        end = time.monotonic() + wait
+        while time.monotonic() < end and run.poll() is None:
+            time.sleep(0.001)
+        if run.kill().end(600).status == -signal.SIGKILL:
+            return moment(run.stdout)
+        return run.good() and None
+    with Torchrun(*flags, cwd=folder) as job:
+        try:
+            job.process.wait(wait)
+        except subprocess.TimeoutExpired:
+            workers = workers_of(job.process.pid)
+            victim = rng.choice([*workers, "torchrun"])
+            os.kill(workers.get(victim, job.process.pid), signal.SIGKILL)
+            said, start = job.text, time.monotonic()
+            job.process.wait(60)
+            assert gone(str(folder), 60), f"left behind after the end of {victim}"
+            rest = time.monotonic() - start
+            return f"{moment(said)} of {victim}, all gone {rest:.1f} s later"
+        assert job.process.returncode == 0, job.text
+        return None
 
 
-def two_processes(flags, folder, kills, seconds, rng):
-    flags, moments = [*flags, f"--log_dir={folder / 'log'}", "--resume"], []
-    while True:
+def whole(forks, kind, flags, folder, name):
+    """One run to its end; its seconds."""
+    start, flags = time.monotonic(), [*flags, f"--log_dir={folder / name}"]
+    if kind != "processes":
+        forks.start(*flags, cwd=folder).end(600).good()
+    else:
         with Torchrun(*flags, cwd=folder) as job:
-            if len(moments) < kills:
-                time.sleep(rng.uniform(0, seconds))
-                workers = [*workers_of(job.process.pid).values(), job.process.pid]
-                if job.process.poll() is None:
-                    os.kill(rng.choice(workers), signal.SIGKILL)
-            start = time.monotonic()
-            status = job.process.wait(600 if len(moments) == kills else 60)
-            if not gone(str(folder / "log"), 60):
-                sys.exit("a process was left behind for 60 s")
-            if status == 0:
-                return moments
-            if len(moments) == kills:
-                sys.exit(job.text)
-            moments.append(f"{moment(job.text.split('W1')[0])}")
-            print(f"  all gone {time.monotonic() - start:.1f} s after the kill")
+            assert job.process.wait(600) == 0, job.text
+    return time.monotonic() - start
+
+
+def compare(folder, total):
+    """Count what differs between the run that was killed and the whole one."""
+    lines = differing_lines(folder / "log", folder / "whole")
+    a, b = weights(folder / "log"), weights(folder / "whole")
+    tensors = sum(not equal(a["model"][k], b["model"][k]) for k in b["model"])
+    tensors += not equal(a["optimizer"], b["optimizer"])
+    total.update(runs=1, lines=lines, tensors=tensors)
+    print(f"  a run's end: {lines} differing lines, {tensors} differing tensors", flush=True)
 
 
 def main():
@@ -100,28 +115,20 @@ def main():
             flags, here = [*FLAGS, f"--data={data}", *KINDS[kind]], folder / kind
             here.mkdir()
             kills = args.kills // len(kinds) + (i < args.kills % len(kinds))
-            start = time.monotonic()
-            if kind == "processes":
-                with Torchrun(*flags, f"--log_dir={here / 'whole'}", cwd=here) as job:
-                    assert job.process.wait(600) == 0, job.text
-            else:
-                forks.run(*flags, "--log_dir=whole", cwd=here).good()
-                if kind == "compile":  # now the compiler's cache is warm: only this time counts
-                    start = time.monotonic()
-                    forks.run(*flags, "--log_dir=again", cwd=here).good()
-                    total["lines"] += differing_lines(here / "again", here / "whole")
-            seconds = time.monotonic() - start
-            if kind == "processes":
-                moments = two_processes(flags, here, kills, seconds, rng)
-            else:
-                moments = one_process(forks, flags, here, kills, seconds, rng)
-            lines = differing_lines(here / "log", here / "whole")
-            a, b = weights(here / "log"), weights(here / "whole")
-            tensors = sum(not equal(a["model"][k], b["model"][k]) for k in b["model"])
-            tensors += not equal(a["optimizer"], b["optimizer"])
-            total.update(runs=1, kills=len(moments), lines=lines, tensors=tensors)
-            print(f"{kind}: {len(moments)} kills ({', '.join(moments)}), run of {seconds:.1f} s, "
-                  f"{lines} differing lines, {tensors} differing tensors", flush=True)
+            seconds = whole(forks, kind, flags, here, "whole")
+            if kind == "compile":  # now the compiler's cache is warm: only this time counts
+                seconds = whole(forks, kind, flags, here, "warm")
+            print(f"{kind}: {seconds:.1f} s undisturbed", flush=True)
+            while kills:
+                done = killed(forks, kind, flags, here, 0.8 * seconds, rng)
+                if done:
+                    kills, total["kills"] = kills - 1, total["kills"] + 1
+                    print(f"  killed: {done}", flush=True)
+                else:  # it has reached its end: once more from the beginning
+                    compare(here, total)
+                    shutil.rmtree(here / "log")
+            whole(forks, kind, [*flags, "--resume"], here, "log")
+            compare(here, total)
         forks.close()
     print(f"{total['runs']} runs, {total['kills']} kills, {total['lines']} differing lines, "
           f"{total['tensors']} differing tensors")
