@@ -70,7 +70,7 @@ def killed(forks, kind, flags, folder, seconds, rng):
             os.kill(workers.get(victim, job.process.pid), signal.SIGKILL)
             said, start = job.text, time.monotonic()
             job.process.wait(60)
-            assert gone(str(folder), 60), f"left behind after the end of {victim}"
+            assert gone(str(forks.folder), 60), f"left behind after the end of {victim}"
             rest = time.monotonic() - start
             return f"{moment(said)} of {victim}, all gone {rest:.1f} s later"
         assert job.process.returncode == 0, job.text
