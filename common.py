@@ -243,9 +243,11 @@ def lock_log_dir(folder):
 
 def open_log_dir(folder, resumed):
     """Make `folder` ready and locked; an older run in it is moved to the first free folder.N."""
-    marks = [glob.glob(os.path.join(glob.escape(folder), p)) for p in ("*.txt", "*.json", "*.pt")]
+    folder = os.path.normpath(folder)
+    marks = ("log.txt", "config.json", "last.pt", "model_*.pt")
+    old_run = any(glob.glob(os.path.join(glob.escape(folder), mark)) for mark in marks)
     try:
-        if not resumed and any(marks):
+        if old_run and not resumed:
             lock_log_dir(folder).close()
             n = next(n for n in range(1, 10**6) if not os.path.exists(f"{folder}.{n}"))
             os.rename(folder, f"{folder}.{n}")
