@@ -819,6 +819,7 @@ def prepare_training(run, saved):
     """Wrap the model (DDP, then compile: the order torch recommends) and make the optimizers."""
     cfg, dist, device = run.cfg, run.dist, run.dist.device
     cuda = device.type == "cuda"
+    dist.together(lambda: optional_import("wandb", "--wandb") if cfg.wandb else None)
     run.model = run.raw_model
     if dist.world_size > 1:
         run.model = run.ddp = nn.parallel.DistributedDataParallel(

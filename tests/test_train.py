@@ -357,3 +357,30 @@ def test_compiled_training_is_not_touched_by_evaluation(tmp_path, monkeypatch, c
     assert logs[0] == logs[1] and len(logs[0]) == 16
     assert all(math.isfinite(float(v)) for v in logs[0].values())
     assert "HellaSwag accuracy:" in capsys.readouterr().out
+
+
+def test_wandb_offline(shards, tmp_path, monkeypatch, capsys):
+    """Against the real package where it is installed; resuming keeps the run's id."""
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    flags = (*TINY, f"--data={shards}", "--wandb=test", "--max_steps=4", "--save_every=2")
+    run_here(*flags)
+    first = json.loads(Path("log/config.json").read_text())["wandb_id"]
+    (runs := list(Path("log/wandb").glob("offline-run-*"))) and os.remove("log/last.pt")
+    assert len(runs) == 1 and runs[0].name.endswith(first)
+    os.rename("log/model_00004.pt", "log/gone")
+    run_here(*flags, "--resume")
+    assert json.loads(Path("log/config.json").read_text())["wandb_id"] == first
+
+
+def test_missing_optional_packages_are_named(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    run_here(*TINY, f"--data={shards}", "--wandb=test", status=2)
+    assert "--wandb needs wandb: pip install wandb" in capsys.readouterr().err
+    assert not os.path.exists("log")
+    run_here("--device=cpu", "--init=gpt2", "--eval_only", status=2)
+    assert "gpt2 needs transformers: pip install transformers" in capsys.readouterr().err
