@@ -402,7 +402,7 @@ def test_signals(forks, undisturbed, flags, tmp_path, signum):
     saved = weights(tmp_path / "log")
     assert 2 <= saved["step"] <= 4
     assert f"at step {saved['step']}" in run.stdout and "--resume" in run.stdout
-    assert run.stderr == ""
+    assert "Traceback" not in run.stderr and "error" not in run.stderr
     # in the evaluation at step 5, which is abandoned and redone
     slow = """
 import time, torch, train_gpt2
@@ -829,7 +829,7 @@ def test_damaged_newest_checkpoint(forks, undisturbed, flags, tmp_path):
                 f.write(bytes([byte ^ 4]))
     run = forks.run(*flags, "--resume", cwd=tmp_path).good()
     assert "last.pt" in run.stderr and "model_00012.pt" in run.stderr
-    assert len(run.stderr.splitlines()) == 2
+    assert run.stderr.count("is not a good checkpoint") == 2
     assert re.search(r"resuming from .*model_00008.pt, step 8", run.stdout)
     assert_same_end(log, undisturbed)
 
