@@ -61,7 +61,7 @@ GPT2_SIZES = {
 MAX_LR = dict(zip(GPT2_SIZES, (6e-4, 3e-4, 2.5e-4, 2e-4), strict=True))  # GPT-3 paper, table 2.1
 PRESETS = {name: size | dict(max_lr=MAX_LR[name]) for name, size in GPT2_SIZES.items()} | {
     "smoke": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, T=128, total_batch_size=512,
-                  max_lr=1e-3, warmup_steps=10, max_steps=120, eval_every=40,
+                  max_lr=2e-3, warmup_steps=10, max_steps=100, eval_every=50, val_tokens=4096,
                   data=os.path.join(HERE, "input.txt")),
 }
 FLAG_GROUPS = dict(preset="model", data="data", max_lr="optimization", device="machine",
