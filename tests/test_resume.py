@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -542,7 +543,8 @@ def test_two_processes_agree_on_a_signal(forks, flags, one_process, tmp_path):
     flags = [*flags, "--B=1", "--resume"]
 
     def pair(patch=""):
-        port = str(random.randint(20000, 30000))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
         return [forks.start(*flags, cwd=tmp_path, patch=patch, RANK=str(r), LOCAL_RANK=str(r),
                             WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                             MASTER_PORT=port) for r in (0, 1)]
