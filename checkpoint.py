@@ -20,6 +20,7 @@ import pickle
 import platform
 import time
 import zipfile
+import zlib
 
 import torch
 
@@ -42,11 +43,15 @@ def read_checkpoint(path):
     allowed = [(PickledConfig, f"{m}.GPTConfig") for m in ("__main__", "train_gpt2", "model")]
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            # A CRC covers the data, not these attributes: torch would take an entry for a folder.
+            odd = (i.filename for i in archive.infolist() if i.external_attr)
+            damaged = archive.testzip() or next(odd, None)
         if damaged:
             raise ValueError(f"damaged in {damaged}")
         with torch.serialization.safe_globals(allowed):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"it holds a {type(checkpoint).__name__}")
         config = checkpoint["config"]
         checkpoint["config"] = dict(config if isinstance(config, dict) else vars(config))
         checkpoint["model"] = {k.removeprefix("module.").removeprefix("_orig_mod."): v
@@ -56,8 +61,8 @@ def read_checkpoint(path):
         raise UserError(f"{path}: there is no such checkpoint") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than plain data; it was not opened") from None
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, LookupError,
-            TypeError, AttributeError, NotImplementedError) as e:
+    except (OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
+            zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"{path} is not a good checkpoint ({one_line(e)})") from None
 
 
@@ -69,10 +74,11 @@ def save_checkpoint(state, folder, keep=False, must=False):
     """
     start, step, last = time.perf_counter(), state["step"], os.path.join(folder, "last.pt")
     try:
-        with atomic_write(last) as f:
+        first = os.path.join(folder, f"model_{step:05d}.pt") if keep else last
+        with atomic_write(first) as f:
             torch.save(state, f)
         if keep:
-            keep_copy(last, os.path.join(folder, f"model_{step:05d}.pt"))
+            keep_copy(first, last)
         say(f"saved {last}: step {step}, {os.path.getsize(last) / 1e6:,.0f} MB in "
             f"{time.perf_counter() - start:.2f} s")
     except (OSError, RuntimeError) as e:
@@ -86,7 +92,8 @@ def save_checkpoint(state, folder, keep=False, must=False):
 def find_checkpoint(folder):
     """(path, checkpoint) of the newest good one in `folder`, (None, None) where there is none."""
     last = os.path.join(folder, "last.pt")
-    kept = sorted(glob.glob(os.path.join(glob.escape(folder), "model_*.pt")), reverse=True)
+    kept = glob.glob(os.path.join(glob.escape(folder), "model_*.pt"))
+    kept.sort(key=lambda path: (len(path), path), reverse=True)  # the newest first
     paths = [last] * os.path.exists(last) + kept
     for path in paths:
         try:
@@ -115,9 +122,7 @@ def load_for_resume(folder, dist):
         return checkpoint if dist.is_main or not path else read_checkpoint(path)
 
     checkpoint = dist.together(load)
-    if path:
-        say(f"resuming from {path}, step {checkpoint['step']}")
-    return checkpoint
+    return checkpoint and checkpoint | {"path": path}
 
 
 def check_resume(now, then):
@@ -126,8 +131,9 @@ def check_resume(now, then):
     if rows:
         table = "".join(f"\n  {flag:20} | {old!s:36} | {new}" for flag, old, new in
                         [("flag", "checkpoint", "now"), *rows])
-        raise UserError("this run cannot go on with other settings: leave the flags out, or start "
-                        f"a new run in another --log_dir{table}")
+        why = " (another --max_steps is another learning rate schedule)" * ("--max_steps" in now)
+        raise UserError(f"this run cannot go on with other settings{why}: leave the flags out, or "
+                        f"start a new run in another --log_dir{table}")
 
 
 def describe_data(identity):

@@ -83,6 +83,8 @@ def run_main(program, command):
             raise
         rank, status = os.environ.get("RANK"), 1
         print(f"{program}: rank {rank} stops: another process is gone", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(status)  # a process group whose peer is dead may wait for it when it is taken down
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     sys.exit(status)
@@ -198,6 +200,8 @@ def atomic_write(path):
 
 def keep_copy(source, path):
     """A second name for the same bytes; a copy where the file system cannot link."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path + ".tmp")  # of a save that was killed
     try:
         os.link(source, path + ".tmp")
         os.replace(path + ".tmp", path)
@@ -275,8 +279,14 @@ class RunLog:
             f.write(kept)
         self.good = len(kept)  # bytes known to be right: a torn write is overwritten from there
 
+    def close(self):
+        """Say so where lines could not be written to the end."""
+        self.write("")
+        if self.pending:
+            warn(f"{self.path}: its last {self.pending.count(10)} lines could not be written")
+
     def write(self, line):
-        self.pending += line.encode() + b"\n"
+        self.pending += line.encode() + b"\n" * bool(line)
         try:
             with open(self.path, "r+b") as f:
                 f.seek(self.good)
@@ -359,8 +369,19 @@ class Reporter:
 
     def close(self):
         self.draw(wait=True)
+        self.log.close()
+        self.samples.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def open_reporter(folder, *args):
+    """A Reporter, or a RunError where the disk is full."""
+    try:
+        return Reporter(folder, *args)
+    except OSError as e:
+        raise RunError(f"{folder} cannot be written ({one_line(e)}); the checkpoints in it are as "
+                       "they were") from None
 
 
 def is_due(step, every):

@@ -150,11 +150,14 @@ def give_up():
     os._exit(1)
 
 
+PARENT = os.getppid()  # torchrun, where it is alive
+
+
 class StopFlag:
     """Set by SIGTERM, Ctrl-C or the death of torchrun; a second signal stops at once."""
 
     def __init__(self):
-        self.signum, self.since, self.parent = 0, 0.0, os.getppid()
+        self.signum, self.since = 0, 0.0
         self.agreed = False  # all processes know
         self.elastic = "TORCHELASTIC_RUN_ID" in os.environ
 
@@ -172,7 +175,7 @@ class StopFlag:
 
     def here(self):
         """Nonzero where this process wants to stop."""
-        if self.elastic and os.getppid() != self.parent:
+        if self.elastic and os.getppid() != PARENT:
             self.signum = self.signum or signal.SIGTERM
         return self.signum
 

@@ -36,7 +36,7 @@ from checkpoint import (
 )
 from common import (
     HERE, AgreedError, Clock, Parser, Reporter, RunError, UserError, add_flags, check_ranges, flag,
-    is_due, one_line, open_log_dir, optional_import, run_main, say, versions, warn,
+    is_due, one_line, open_log_dir, open_reporter, optional_import, run_main, say, versions, warn,
 )
 from loss import head_cross_entropy
 from machine import (
@@ -380,12 +380,12 @@ class GPT(nn.Module):
 
 def load_model(checkpoint, path):
     """The GPT of an opened checkpoint."""
-    model = GPT(GPTConfig(**checkpoint["config"]))
     try:
+        model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as e:
+        return model
+    except (RuntimeError, TypeError) as e:
         raise UserError(f"the weights in {path} do not fit its config ({one_line(e)})") from None
-    return model
 
 
 def load_weights(name, device="cpu"):
@@ -917,8 +917,10 @@ def train_and_report(run, saved):
     prepare_training(run, saved)
     lock = dist.together(lambda: open_log_dir(cfg.log_dir, cfg.resume) if dist.is_main else None)
     settings = describe_run(run)
+    if saved:
+        say(f"resuming from {saved['path']}, step {run.step}")
     if dist.is_main:
-        run.reporter = Reporter(cfg.log_dir, settings, run.step, cfg.wandb)
+        run.reporter = open_reporter(cfg.log_dir, settings, run.step, cfg.wandb)
     if not all(dist.gather(os.path.isdir(cfg.log_dir))):
         warn(f"not every node sees {cfg.log_dir}: a resume will need it on shared storage")
     try:
