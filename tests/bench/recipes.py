@@ -41,7 +41,7 @@ def flags_of(recipe, args, seed):
         f"--n_embd={args.n_embd}", "--block_size=128", "--T=128", f"--B={args.B}",
         f"--total_batch_size={128 * args.B}", f"--max_steps={args.steps}",
         f"--warmup_steps={warmup}", f"--max_lr={LR * (2.5 if fast else 1)}", f"--seed={seed}",
-        f"--eval_every={max(1, args.steps // 20)}", "--val_tokens=16384", "--num_samples=0",
+        f"--eval_every={max(1, args.steps // 12)}", "--val_tokens=8192", "--num_samples=0",
         "--save_every=0", "--checkpoint_every=0", f"--device={args.device}", *own]  # fmt: skip
 
 
