@@ -215,9 +215,11 @@ class CausalSelfAttention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            if self in cache:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v), strict=True))
-            cache[self] = k, v
+            end = cache["length"] + T
+            if self not in cache:
+                cache[self] = q.new_empty(2, *q.shape[:2], cache["size"], q.size(3))
+            cache[self][:, :, :, end - T:end] = torch.stack((k, v))
+            k, v = cache[self][:, :, :, :end]
         causal = mask is None and T == k.size(2)  # a single new token may see all of the cache
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
@@ -282,9 +284,10 @@ class GPT(nn.Module):
         """Token ids (B, T) -> the states that lm_head reads, (B, T, C).
 
         pos (B, T): positions, where they are not 0..T-1. mask (B, 1, T, T), bool: True = may
-        attend, where that is not causal. cache: a dict, filled and used while generating.
+        attend, where that is not causal. cache: {"length": 0, "size": tokens to make room for},
+        filled and used while generating.
         """
-        T, past = idx.size(1), cache.get("length", 0) if cache else 0
+        T, past = idx.size(1), cache["length"] if cache else 0
         assert pos is not None or past + T <= self.config.block_size, (
             f"{past + T} tokens, but block_size is {self.config.block_size}")
         if pos is None:
@@ -318,11 +321,12 @@ class GPT(nn.Module):
         Beyond block_size every token is computed afresh from the last block_size tokens.
         temperature 0 takes the likeliest token; top_k 0 samples among all.
         """
-        cache = {} if use_cache else None
+        size = min(idx.size(1) + n_new, self.config.block_size)
+        cache = {"length": 0, "size": size} if use_cache else None
         n_vocab = min(n_vocab, self.config.vocab_size)
         for _ in range(n_new):
             if cache is not None and idx.size(1) <= self.config.block_size:
-                x = self.hidden(idx[:, cache.get("length", 0):], cache=cache)
+                x = self.hidden(idx[:, cache["length"]:], cache=cache)
             else:
                 x = self.hidden(idx[:, -self.config.block_size:])
             logits = self.lm_head(x[:, -1])[:, :n_vocab].float()
@@ -533,7 +537,6 @@ class Run:
     stop: StopFlag
     step: int = 0  # completed updates
     val_loss: float | None = None  # at this step
-    # for training:
     model: nn.Module | None = None  # raw_model in DDP and compiled
     ddp: nn.Module | None = None
     compiled: bool = False
@@ -703,19 +706,16 @@ def train_step(run):
 
 
 def check_finite(run, loss, norm):
-    """End the run before a loss or a norm that is not finite spoils the weights.
-
-    With float16 an infinite norm is no such case: the scaler skips that update and goes lower.
-    """
-    if math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled()):
+    """End the run before a loss or a norm that is not finite spoils the weights."""
+    skipped = run.scaler.is_enabled()  # float16: the scaler skips such an update and goes lower
+    if math.isfinite(loss) and (math.isfinite(norm) or skipped):
         return
     rows, names = list(run.loader.where(run.step)), run.loader.tokens.names
     (*_, first, start), (*_, last, end) = rows[0], rows[-1]
     raise RunError(
-        f"step {run.step}: loss {loss}, gradient norm {norm}. The weights were not updated; the "
-        f"last good checkpoint in {run.cfg.log_dir} is as it was. The step's rows lie between "
-        f"{names[first]} offset {start} and {names[last]} offset {end + run.cfg.T}; --inspect "
-        f"{run.step} prints them")
+        f"step {run.step}: loss {loss}, gradient norm {norm}. The weights were not updated, the "
+        f"last good checkpoint in {run.cfg.log_dir} is as it was. The step reads {names[first]} "
+        f"offset {start} to {names[last]} offset {end + run.cfg.T}; --inspect {run.step} shows it")
 
 
 # -----------------------------------------------------------------------------
@@ -861,9 +861,8 @@ def describe_run(run):
         warn(f"--warmup_steps {cfg.warmup_steps} is beyond --max_steps {cfg.max_steps}: the "
              "learning rate never reaches its peak")
     return dict(flags=asdict(cfg), model=asdict(run.raw_model.config), B=loader.B,
-                micro_steps=loader.micro_steps, processes=run.dist.world_size,
-                device=f"{device} ({name})", compile=run.compiled, data=data.identity,
-                tokenizer=data.tokenizer_name,
+                processes=run.dist.world_size, device=f"{device} ({name})", compile=run.compiled,
+                data=data.identity, tokenizer=data.tokenizer_name,
                 **versions(os.path.join(cfg.data or SHARDS, MANIFEST)))
 
 

@@ -256,7 +256,7 @@ def test_greedy_output_is_the_same_with_and_without_the_cache(changes):
 
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_cache_gives_the_same_hidden_states_at_every_position(changes):
-    model, idx, cache = small_gpt(**changes), tokens(2, 32), {}
+    model, idx, cache = small_gpt(**changes), tokens(2, 32), dict(length=0, size=32)
     with torch.no_grad():
         parts = [model.hidden(idx[:, i:j], cache=cache) for i, j in
                  zip([0, *range(10, 32)], [*range(10, 32), 32], strict=True)]
