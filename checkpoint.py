@@ -18,6 +18,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import time
 import zipfile
 import zlib
@@ -54,7 +55,7 @@ def read_checkpoint(path):
             raise TypeError(f"it holds a {type(checkpoint).__name__}")
         config = checkpoint["config"]
         checkpoint["config"] = dict(config if isinstance(config, dict) else vars(config))
-        checkpoint["model"] = {k.removeprefix("module.").removeprefix("_orig_mod."): v
+        checkpoint["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): v
                                for k, v in checkpoint["model"].items()}
         return checkpoint
     except FileNotFoundError:
@@ -98,7 +99,8 @@ def find_checkpoint(folder):
     for path in paths:
         try:
             checkpoint = read_checkpoint(path)
-            if not {"optimizer", "flags", "data", "step"} <= checkpoint.keys():
+            needed = {"optimizer", "flags", "data", "step", "tokenizer", "scaler", "rng"}
+            if not needed <= checkpoint.keys():
                 raise UserError(f"{path} holds weights only: start from it with --init")
             return path, checkpoint
         except UserError as e:
@@ -131,7 +133,9 @@ def check_resume(now, then):
     if rows:
         table = "".join(f"\n  {flag:20} | {old!s:36} | {new}" for flag, old, new in
                         [("flag", "checkpoint", "now"), *rows])
-        why = " (another --max_steps is another learning rate schedule)" * ("--max_steps" in now)
+        why = ""
+        if any(row[0] == "--max_steps" for row in rows):
+            why = " (another --max_steps is another learning rate schedule)"
         raise UserError(f"this run cannot go on with other settings{why}: leave the flags out, or "
                         f"start a new run in another --log_dir{table}")
 

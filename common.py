@@ -75,6 +75,7 @@ def run_main(program, command):
     except (UserError, RunError) as e:
         status = 2 if isinstance(e, UserError) else 1
         if not is_main_process():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)  # torchrun ends this process once the main one has printed and gone
         if is_main_process() or not isinstance(e, AgreedError):
             print(f"{program}: error: {e}", file=sys.stderr, flush=True)
@@ -87,6 +88,10 @@ def run_main(program, command):
         os._exit(status)  # a process group whose peer is dead may wait for it when it is taken down
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    torch = sys.modules.get("torch")
+    if status and torch and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -273,7 +278,7 @@ class RunLog:
         lines = []
         if os.path.exists(path):
             with open(path, "rb") as f:
-                lines = [line for line in f if line.endswith(b"\n") and line[:1].isdigit()]
+                lines = [x for x in f if x.endswith(b"\n") and x.split(b" ")[0].isdigit()]
         kept = b"".join(line for line in lines if int(line.split()[0]) < from_step)
         with atomic_write(path) as f:
             f.write(kept)
@@ -317,9 +322,12 @@ class Reporter:
         self.can_draw = importlib.util.find_spec("matplotlib") is not None
         self.wandb = None
         if project:
-            self.wandb = optional_import("wandb", "--wandb").init(
-                project=project, dir=folder, config=settings, id=settings["wandb_id"],
-                resume="allow")
+            try:
+                self.wandb = optional_import("wandb", "--wandb").init(
+                    project=project, dir=folder, config=settings, id=settings["wandb_id"],
+                    resume="allow")
+            except Exception as e:  # no login, no network: wandb has its own kinds
+                raise RunError(f"--wandb {project}: {one_line(e)}") from None
 
     def scalars(self, step, **values):
         """`{step} {name} {value}` in log.txt for the four that are kept there; all to W&B."""
@@ -352,7 +360,8 @@ class Reporter:
             self.finish_drawing()
         if self.can_draw and not self.drawing:
             self.drawing = subprocess.Popen(self.plot, stdout=subprocess.DEVNULL,
-                                            stderr=subprocess.PIPE, text=True)
+                                            stderr=subprocess.PIPE, text=True,
+                                            start_new_session=True)  # Ctrl-C is not for it
             if wait:
                 self.finish_drawing()
 

@@ -22,7 +22,8 @@ def head_cross_entropy(h, weight, targets):
         return F.cross_entropy(F.linear(h, weight), targets)
     low = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if low else weight.dtype
-    return ChunkedCrossEntropy.apply(h, weight, targets, chunk, dtype)
+    wants_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    return ChunkedCrossEntropy.apply(h, weight, targets, chunk, dtype, wants_grad)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -35,10 +36,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, chunk, dtype):
+    def forward(ctx, h, weight, targets, chunk, dtype, wants_grad):
         total = torch.zeros((), dtype=weight.dtype, device=h.device)
         w = weight.to(dtype)
-        wants_grad = any(ctx.needs_input_grad)
         grad_h = torch.empty_like(h, dtype=dtype) if wants_grad else None
         grad_w = torch.zeros_like(weight) if wants_grad else None
         with torch.autocast(h.device.type, enabled=False):
@@ -62,4 +62,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
         scale = grad / grad_h.size(0)
-        return (grad_h * scale).to(ctx.h_dtype), grad_w.mul_(scale), None, None, None
+        return (grad_h * scale).to(ctx.h_dtype), grad_w.mul_(scale), None, None, None, None

@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from common import AgreedError, UserError, is_main_process, one_line, warn
+from common import AgreedError, RunError, UserError, is_main_process, one_line, warn
 
 # -----------------------------------------------------------------------------
 # Processes: one, or several under torchrun
@@ -68,20 +68,20 @@ class Dist:
                                       "start all processes with the same flags")
 
     def together(self, fn, *args):
-        """fn(*args) on every process; a UserError of any of them is raised on all.
+        """fn(*args) on every process; a UserError or RunError of any of them is raised on all.
 
         fn must not communicate: a process that fails would leave the others waiting.
         """
         result = error = None
         try:
             result = fn(*args)
-        except UserError as e:
-            error = str(e)
+        except (UserError, RunError) as e:
+            error = (AgreedError if isinstance(e, UserError) else RunError), str(e)
         errors = self.gather(error)
-        for rank, message in enumerate(errors):
-            if message:
+        for rank, failure in enumerate(errors):
+            if failure:
                 where = "" if rank == 0 or all(errors) else f"on rank {rank}: "
-                raise AgreedError(where + message)
+                raise failure[0](where + failure[1])
         return result
 
 
@@ -124,6 +124,7 @@ def processes(device_name):
     device = choose_device(device_name, env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
     dist = Dist(env["RANK"], env["LOCAL_RANK"], world_size, device)
     if world_size == 1:
         yield dist
@@ -131,6 +132,7 @@ def processes(device_name):
     watchdog = threading.Timer(GROUP_START_SECONDS, give_up)
     watchdog.daemon = True
     watchdog.start()
+    done = False
     try:
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT,
@@ -138,15 +140,18 @@ def processes(device_name):
         dist.gather(None)
         watchdog.cancel()
         yield dist
+        done = True
     finally:
         watchdog.cancel()
-        if torch.distributed.is_initialized():
+        # After an error NCCL could wait here for processes that are gone: run_main ends it hard.
+        if torch.distributed.is_initialized() and (done or device.type == "cpu"):
             torch.distributed.destroy_process_group()
 
 
 def give_up():
     print(f"error: the processes did not find each other within {GROUP_START_SECONDS} s: check "
-          "that all nodes run and reach the rendezvous endpoint", file=sys.stderr, flush=True)
+          "that all nodes run and reach the rendezvous endpoint; if NCCL hangs, try "
+          "NCCL_P2P_DISABLE=1", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -231,6 +236,18 @@ def optimizer_state(optimizer, dist):
     groups = [group | {"params": [number[id(p)] for p in group["params"]]}
               for group in optimizer.param_groups]
     return {"state": states, "param_groups": groups}
+
+
+def load_optimizer(optimizer, state):
+    """Load a whole state_dict; with ZeRO each process keeps its share of it."""
+    optimizer.load_state_dict(state)
+    if hasattr(optimizer, "optim"):
+        # ZeRO leaves the step counters on the CPU, where fused AdamW cannot use them, and a second
+        # copy of the share in its own state.
+        for p, values in optimizer.optim.state.items():
+            if "step" in values:
+                values["step"] = values["step"].to(p.device)
+        optimizer.state.clear()
 
 
 def best_dtype(device):

@@ -443,14 +443,13 @@ def open_hellaswag(n, block_size, tokenizer, dist):
     import hellaswag
 
     path = error = None
-    if dist.is_main:
-        try:
-            path = hellaswag.download("val")
-        except (UserError, OSError) as e:
-            error = str(e)
-    path, error = dist.broadcast((path, error))
-    if error:
-        warn(f"HellaSwag is off: {error}")
+    try:  # on every process, as nodes may share no disk; where they do, one downloads
+        path = hellaswag.download("val")
+    except (UserError, OSError) as e:
+        error = str(e)
+    errors = [e for e in dist.gather(error) if e]
+    if errors:
+        warn(f"HellaSwag is off: {errors[0]}")
         return []
     return dist.together(hellaswag.load_examples, path, n, block_size, tokenizer.encode)
 

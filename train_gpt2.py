@@ -40,8 +40,8 @@ from common import (
 )
 from loss import head_cross_entropy
 from machine import (
-    Dist, StopFlag, best_dtype, can_compile, fits_gpu, make_optimizer, measure_matmul,
-    optimizer_state, processes,
+    Dist, StopFlag, best_dtype, can_compile, fits_gpu, load_optimizer, make_optimizer,
+    measure_matmul, optimizer_state, processes,
 )
 from tokens import (
     MANIFEST, Data, encode_prompt, inspect_step, open_data, open_hellaswag, scan_vocabulary,
@@ -61,7 +61,7 @@ GPT2_SIZES = {
 MAX_LR = dict(zip(GPT2_SIZES, (6e-4, 3e-4, 2.5e-4, 2e-4), strict=True))  # GPT-3 paper, table 2.1
 PRESETS = {name: size | dict(max_lr=MAX_LR[name]) for name, size in GPT2_SIZES.items()} | {
     "smoke": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, T=128, total_batch_size=512,
-                  max_lr=2e-3, warmup_steps=10, max_steps=100, eval_every=50, val_tokens=4096,
+                  max_lr=2e-3, warmup_steps=10, max_steps=100, eval_every=25, val_tokens=4096,
                   data=os.path.join(HERE, "input.txt")),
 }
 FLAG_GROUPS = dict(preset="model", data="data", max_lr="optimization", device="machine",
@@ -699,7 +699,8 @@ def train_step(run):
     for optimizer in run.optimizers.values():
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        run.scaler.step(optimizer)
+        if math.isfinite(norm):
+            run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
     return loss, norm, lr
@@ -733,7 +734,7 @@ def build_config(given, saved, init, dist):
         preset, why = choose_preset(given, dist.device.type, dist.world_size)
         cfg = PRESETS[preset]
         given = given | {"preset": preset}
-        if not model:
+        if not given.get("eval_only") and not given.get("export_hf"):
             say(f"preset {preset}: {why}" + ("; for the real run: python fineweb.py, then this "
                                              "command on a GPU" * (preset == "smoke")))
     else:
@@ -745,8 +746,8 @@ def build_config(given, saved, init, dist):
                 raise UserError(f"--{k} {given[k]} contradicts --init {given['init']}, where it is "
                                 f"{shape[k]}: leave --{k} out")
         cfg = cfg | shape
-        if given.get("eval_only"):  # on the data that the checkpoint was trained on
-            cfg = cfg | {k: init_flags[k] for k in ("data", "T") if k in init_flags}
+        if given.get("eval_only"):  # as in the checkpoint's own run
+            cfg = cfg | {k: init_flags.get(k, defaults[k]) for k in ("data", "T", "val_tokens")}
     cfg = defaults | cfg | given
     if "T" not in given:
         cfg["T"] = min(cfg["T"], cfg["block_size"])
@@ -795,7 +796,7 @@ def choose_B(cfg, rows, model, dist):
 
 def make_run(cfg, saved, init_model, data, n_examples, dist):
     """The part of a run that evaluation needs too: model, data, prompt, HellaSwag examples."""
-    rows = 64 if cfg.eval_only else dist.together(check_batch, cfg, dist.world_size)
+    rows = None if cfg.eval_only else dist.together(check_batch, cfg, dist.world_size)
     prompt = dist.together(lambda: encode_prompt(cfg, data.tokenizer) if dist.is_main else [])
     examples = open_hellaswag(n_examples, cfg.block_size, data.tokenizer, dist)
     torch.manual_seed(cfg.seed)
@@ -835,13 +836,13 @@ def prepare_training(run, saved):
             torch.utils.deterministic.fill_uninitialized_memory = False
     run.optimizers = make_optimizers(run.raw_model, cfg, device.type, cfg.zero and bool(run.ddp))
     run.scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
+    run.matmul_rate = measure_matmul(device, getattr(torch, cfg.dtype))
     if saved:
         for kind, state in saved.pop("optimizer").items():
-            run.optimizers[kind].load_state_dict(state)
+            load_optimizer(run.optimizers[kind], state)
         run.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         run.step = saved["step"]
-    run.matmul_rate = measure_matmul(device, getattr(torch, cfg.dtype))
 
 
 def describe_run(run):
@@ -918,8 +919,8 @@ def train_and_report(run, saved):
     settings = describe_run(run)
     if saved:
         say(f"resuming from {saved['path']}, step {run.step}")
-    if dist.is_main:
-        run.reporter = open_reporter(cfg.log_dir, settings, run.step, cfg.wandb)
+    run.reporter = dist.together(lambda: open_reporter(
+        cfg.log_dir, settings, run.step, cfg.wandb) if dist.is_main else None)
     if not all(dist.gather(os.path.isdir(cfg.log_dir))):
         warn(f"not every node sees {cfg.log_dir}: a resume will need it on shared storage")
     try:

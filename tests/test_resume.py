@@ -847,7 +847,8 @@ def test_damaged_newest_checkpoint(forks, undisturbed, flags, tmp_path):
 
 
 def test_newest_is_the_largest_step(tmp_path):
-    state = dict(model={}, config={}, optimizer={}, flags={}, data={})
+    state = dict(model={}, config={}, optimizer={}, flags={}, data={}, tokenizer="gpt2", scaler={},
+                 rng=0)
     for step in (95000, 100000):
         torch.save(state | {"step": step}, tmp_path / f"model_{step:05d}.pt")
     path, found = checkpoint.find_checkpoint(str(tmp_path))
