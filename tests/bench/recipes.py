@@ -110,8 +110,9 @@ def main():
         last = {n: r[0][0][-1][1] for n, r in runs.items()}
         helped = [n for n in RECIPES if last[n] < last["baseline"]]
         if len(helped) > 1:
-            add("+ ".join(helped), [f for n in helped for f in RECIPES[n]])
-            RECIPES["+ ".join(helped)] = [f for n in helped for f in RECIPES[n]]
+            print("helped:", ", ".join(helped))
+            RECIPES["all that helped"] = [f for n in helped for f in RECIPES[n]]
+            add("all that helped", RECIPES["all that helped"])
         last = {n: r[0][0][-1][1] for n, r in runs.items()}
         best = sorted((n for n in last if n != "baseline"), key=last.get)[:2]
         for seed in range(1, args.seeds):
