@@ -1,5 +1,5 @@
 """
-FineWeb-Edu, or any text, as token shards: this file makes them, checks them and reads them.
+FineWeb-Edu, or any text, as token shards: this file makes and checks them, tokens.py reads them.
 
     python fineweb.py                              # 10B tokens -> edu_fineweb10B/ beside this file
     python fineweb.py --max_tokens 200000000       # a first try: two shards
