@@ -15,6 +15,7 @@ A checkpoint is a dict of plain data that torch.load(weights_only=True) reads wi
 import glob
 import hashlib
 import json
+import math
 import os
 import pickle
 import platform
@@ -90,12 +91,24 @@ def save_checkpoint(state, folder, keep=False, must=False):
         warn(f"{message}; training goes on and the next save tries again")
 
 
+def saved_step(path):
+    """The step of a checkpoint: from its name, or from the file without reading its tensors. A
+    file that cannot be read counts as the newest, so that a resume tries it and names it."""
+    number = re.search(r"model_(\d+)\.pt$", path)
+    try:
+        return int(number[1]) if number else torch.load(path, mmap=True, weights_only=True)["step"]
+    except Exception:  # a damaged pickle raises whatever it likes
+        return math.inf
+
+
 def find_checkpoint(folder):
     """(path, checkpoint) of the newest good one in `folder`, (None, None) where there is none."""
+    paths = glob.glob(os.path.join(glob.escape(folder), "model_*.pt"))
+    paths.sort(key=saved_step, reverse=True)
     last = os.path.join(folder, "last.pt")
-    kept = glob.glob(os.path.join(glob.escape(folder), "model_*.pt"))
-    kept.sort(key=lambda path: (len(path), path), reverse=True)  # the newest first
-    paths = [last] * os.path.exists(last) + kept
+    if os.path.exists(last):  # older than model_N.pt where a save was killed between the two
+        step = saved_step(last)
+        paths.insert(sum(saved_step(path) > step for path in paths), last)
     for path in paths:
         try:
             checkpoint = read_checkpoint(path)

@@ -140,6 +140,11 @@ def flag(default, text, kind=None, ge=None, gt=None, choices=None, shown=None):
                                                 shown=str(default) if shown is None else shown))
 
 
+def not_empty(text):
+    """The type of a flag that takes a text: an empty one is most often an unset shell variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def add_flags(parser, cls, groups):
@@ -150,8 +155,10 @@ def add_flags(parser, cls, groups):
         if f.name in groups:
             group = parser.add_argument_group(groups[f.name])
         how = dict(action=argparse.BooleanOptionalAction)
-        if kind is not bool:
-            how = dict(type=kind, choices=meta["choices"])
+        if kind is list:
+            how = dict(type=not_empty, nargs="+", metavar="PATH")
+        elif kind is not bool:
+            how = dict(type=not_empty if kind is str else kind, choices=meta["choices"])
             how["metavar"] = None if meta["choices"] else kind.__name__.upper()
         text = meta["text"] + (f" (default: {meta['shown']})" if meta["shown"] else "")
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
@@ -163,7 +170,7 @@ def check_ranges(config):
         value, meta = getattr(config, f.name), f.metadata
         if meta["choices"] and value not in meta["choices"]:
             raise UserError(f"--{f.name} {value}: choose from {', '.join(meta['choices'])}")
-        if value is None or isinstance(value, (str, bool)):
+        if value is None or isinstance(value, (str, bool, list)):
             continue
         if meta["gt"] is not None and not (value > meta["gt"] and math.isfinite(value)):
             raise UserError(f"--{f.name} {value}: must be a number above {meta['gt']}")

@@ -16,7 +16,6 @@ documents, sha256 and where in the source it begins and ends. Killed at any mome
 behind the last shard listed there, and the result is the same bytes.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import contextlib
@@ -31,15 +30,17 @@ import math
 import multiprocessing
 import os
 import queue
-import re
 import signal
 import sys
 import time
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 
-from common import RunError, UserError, one_line, put_in_place, try_lock
+from common import (
+    Parser, RunError, UserError, add_flags, check_ranges, flag, one_line, put_in_place, try_lock,
+)
 from tokens import (  # noqa: F401  the readers too: trainer and command open shards alike
     EOT, MANIFEST, MANIFEST_FORMAT, Tokenizer, TokenStream, get_tokenizer, load_manifest,
     open_shards, open_text, split_of,
@@ -195,7 +196,12 @@ def open_files(args):
     path, schema = os.path.join(args.out, SHUFFLE_COPY), pa.schema([("text", pa.large_string())])
     with writing(path), pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as copy:
         for _, some, _ in texts.jobs(0):
-            copy.write_batch(pa.record_batch([pa.array(some, pa.large_string())], schema=schema))
+            try:
+                column = pa.array(some, pa.large_string())
+            except UnicodeEncodeError:  # half a surrogate pair: take it for what tiktoken does
+                some = [t.encode("utf-16", "surrogatepass") for t in some]
+                column = pa.array([t.decode("utf-16", "replace") for t in some], pa.large_string())
+            copy.write_batch(pa.record_batch([column], schema=schema))
     return Table(datasets.Dataset.from_file(path), "text", args.shuffle)
 
 
@@ -675,46 +681,7 @@ HUB_DEFAULTS = {  # what makes long downloads last; the environment goes before 
     "HF_HUB_DOWNLOAD_TIMEOUT": "300",
     "HF_HUB_ETAG_TIMEOUT": "60",
 }
-READ = {  # flag -> (its default, shown in the help; the help)
-    "dataset": (None, f"data set on the Hugging Face hub, or a folder ({DATASET})"),
-    "name": (None, f"its configuration ({CONFIG}: 10 billion tokens)"),
-    "split": ("train", "its split (train)"),
-    "revision": (None, "its branch, tag or commit (main, as it is when the first shard is made)"),
-    "text_column": ("text", "the column that holds the text (text)"),
-    "streaming": (
-        False,
-        "read over the network as it goes: no copy on disk, and the network must last. Without it "
-        f"`datasets` downloads all first and keeps it, about 75 GB for {CONFIG}",
-    ),
-    "files": (
-        None,
-        "read these instead: local .parquet, .jsonl, .jsonl.gz (a row is a document) or .txt (a "
-        "file is one); paths or globs, in this order",
-    ),
-}
-WRITE = {
-    "out": (OUT, "folder of the shards (edu_fineweb10B beside fineweb.py); takes 2 bytes a token"),
-    "shard_size": (10**8, "tokens per shard (100000000, 200 MB each); the first shard is val"),
-    "max_tokens": (
-        0,
-        "stop after N tokens (0 = all); 200000000 is a first try: 0.4 GB, a minute or two, and "
-        "with --streaming a download of 0.6 GB",
-    ),
-    "shuffle": (
-        None,
-        "all documents in a random order, the same for a SEED (as they come). With --files takes "
-        "disk for a copy of the texts meanwhile, else slow random reads on a hard disk; with "
-        f"--streaming it is the files and a buffer of {STREAM_BUFFER:,} documents that is "
-        "shuffled, and a rerun reads from the start again",
-    ),
-}
-TYPES = {"shard_size": int, "max_tokens": int, "shuffle": int, "num_proc": int}
-METAVARS = {"files": "PATH", "shuffle": "SEED", "out": "FOLDER", "dataset": "REPO"}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+FLAG_GROUPS = {"dataset": "what to read", "out": "what to write", "num_proc": "how"}
 
 
 def cores():
@@ -722,48 +689,66 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass
+class Flags:
+    """What is read, what becomes of it, and how."""
+
+    dataset: str = flag(None, "data set on the Hugging Face hub, or a folder", str, shown=DATASET)
+    name: str = flag(None, "its configuration", str, shown=f"{CONFIG}, 10 billion tokens")
+    split: str = flag("train", "its split")
+    revision: str = flag(None, "its branch, tag or commit", str,
+                         shown="main, as it is when the first shard is made")
+    text_column: str = flag("text", "the column that holds the text")
+    streaming: bool = flag(
+        False, "read over the network as it goes: no copy on disk, and the network must last. "
+        f"Without it `datasets` downloads all first and keeps it, about 75 GB for {CONFIG}",
+        shown="")
+    files: list = flag(
+        None, "read these instead: local .parquet, .jsonl, .jsonl.gz (a row is a document) or .txt "
+        "(a file is one); paths or globs, in this order", list, shown="")
+
+    out: str = flag(OUT, "folder of the shards; takes 2 bytes a token",
+                    shown="edu_fineweb10B beside fineweb.py")
+    shard_size: int = flag(10**8, "tokens per shard; the first shard is val", ge=1,
+                           shown="100000000, 200 MB each")
+    max_tokens: int = flag(
+        0, "stop after so many tokens, 0 = all; 200000000 is a first try: 0.4 GB, a minute or two, "
+        "and with --streaming a download of 0.6 GB", ge=0)
+    shuffle: int = flag(
+        None, "seed of a random order of all documents. With --files takes disk for a copy of the "
+        "texts meanwhile, else slow random reads on a hard disk; with --streaming it is the files "
+        f"and a buffer of {STREAM_BUFFER:,} documents that is shuffled, and a rerun reads from the "
+        "start again", int, ge=0, shown="as they come")
+
+    num_proc: int = flag(
+        cores(), "worker processes, 100 to 200 MB each; a core makes 2 to 4 million tokens/s, so "
+        "10 billion take about a core-hour", ge=1, shown=f"one per core: {cores()}")
+    verify: bool = flag(False, "only check the shards in --out: sizes and sha256, a minute for 20 "
+                        "GB", shown="")
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.files and (self.dataset or self.name or self.revision or self.streaming):
+            raise UserError("--files goes without --dataset, --name, --revision and --streaming")
+        self.name = self.name or (None if self.dataset else CONFIG)
+        self.dataset = self.dataset or DATASET
+
+
 def parse_args(argv=None):
-    """The flags of the command; --shard-size is --shard_size."""
-    parser = Parser(
-        prog="fineweb.py",
-        description="FineWeb-Edu, another data set or your own files as token shards for "
-        "train_gpt2.py. It can be killed at any moment: the same command goes on.",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22, width=98),
-    )
-    work = {
-        "num_proc": (cores(), "worker processes (one per core: %(default)s), 100 to 200 MB each; a "
-                     "core makes 2 to 4 million tokens/s, so 10 billion take about a core-hour"),
-        "verify": (False, "only check the shards in --out: sizes and sha256, a minute for 20 GB"),
-    }  # fmt: skip
-    for title, flags in {"what to read": READ, "what to write": WRITE, "how": work}.items():
-        group = parser.add_argument_group(title)
-        for flag, (default, text) in flags.items():
-            kind = {"action": "store_true"}
-            if default is not False:
-                kind = {"type": TYPES.get(flag, str), "nargs": "+" if flag == "files" else None}
-                kind["metavar"] = METAVARS.get(flag, "N" if flag in TYPES else "NAME")
-            group.add_argument(f"--{flag}", default=default, help=text, **kind)
-    given = sys.argv[1:] if argv is None else argv
-    given = [re.sub("(?<=^--)[^=]+", lambda m: m[0].replace("-", "_"), a) for a in given]
-    args = parser.parse_args(given)
-    for flag, least in {"shard_size": 1, "max_tokens": 0, "num_proc": 1, "shuffle": 0}.items():
-        if getattr(args, flag) is not None and getattr(args, flag) < least:
-            parser.error(f"--{flag} {getattr(args, flag)}: must be at least {least}")
-    if args.files and (args.dataset or args.name or args.revision or args.streaming):
-        parser.error("--files goes without --dataset, --name, --revision and --streaming")
-    args.name = args.name or (None if args.dataset else CONFIG)
-    args.dataset = args.dataset or DATASET
-    args.writing = False  # no shard can have been finished yet
-    return args
+    """The flags of the command. Raises UserError."""
+    parser = Parser("FineWeb-Edu, another data set or your own files as token shards for "
+                    "train_gpt2.py.\nIt can be killed at any moment: the same command goes on.")
+    add_flags(parser, Flags, FLAG_GROUPS)
+    return Flags(**vars(parser.parse_args(argv)))
 
 
 def main(argv=None, tokenizer=None):
     """The command; returns its exit status."""
-    args = parse_args(argv)
+    args = None
     for name, value in HUB_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
+        args = parse_args(argv)
         verify(args.out) if args.verify else prepare(args, tokenizer)
         return 0
     except UserError as e:
@@ -772,7 +757,7 @@ def main(argv=None, tokenizer=None):
         status, why = 130, "stopped"
     except (RunError, OSError) as e:
         status, why = 1, str(e)
-    if args.writing:
+    if getattr(args, "writing", False):  # not before a shard can have been finished
         n = len((load_manifest(args.out) or {"shards": []})["shards"])
         why += f"; the {n} finished shards in {args.out} are safe, and the same command goes on"
     print(f"fineweb.py: error: {why}", file=sys.stderr)

@@ -14,14 +14,12 @@ of their losses, which favours short endings, and `acc_norm`, the usual number, 
 is 0.25. OpenAI's weights reach acc 0.2859, acc_norm 0.2955 (gpt2) and 0.3842, 0.4893 (gpt2-xl).
 """
 
-import argparse
 import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
-import shutil
 import sqlite3
 import sys
 import time
@@ -32,7 +30,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from common import UserError
+from common import Parser, UserError
 from tokens import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -329,15 +327,13 @@ def shares(examples, rank, world_size, batch_tokens):
         start = stop
 
 
-def evaluate(
-    model, examples, device, rank=0, world_size=1, autocast=None, between=None, progress=False
-):
+def evaluate(model, examples, device, rank=0, world_size=1, between=None, progress=False):
     """
     Score this rank's share of `examples`, of which all ranks hold the same list: a Result.
 
-    `autocast` is a context manager around each forward pass. `between()` is called after each
-    batch, equally often on all ranks, so it may be a collective; where it returns True (on all of
-    them), the evaluation is given up and None returned. `progress` shows a bar on a terminal.
+    `between()` is called after each batch, equally often on all ranks, so it may be a collective;
+    where it returns True (on all of them), the evaluation is given up and None returned. `progress`
+    shows a bar on a terminal.
     The model is in eval mode meanwhile, and then in the mode it was in before.
     """
     from tqdm import tqdm
@@ -350,8 +346,7 @@ def evaluate(
         with tqdm(total=len(examples[rank::world_size]), disable=None if progress else True) as bar:
             for share in shares(examples, rank, world_size, size):
                 if share:
-                    with autocast or contextlib.nullcontext():
-                        losses = score_batch(model, collate(share, device))
+                    losses = score_batch(model, collate(share, device))
                     label = torch.tensor([e.label for e in share])
                     right = [int((x.argmin(dim=1) == label).sum()) for x in losses]
                     result += [*right, len(share), sum(e.cropped for e in share)]
@@ -370,18 +365,11 @@ SHOWN = 4  # examples printed with their losses
 
 
 def parse_args(argv=None):
-    """The command line as a namespace; a mistake there ends the process with status 2."""
+    """The command line as a namespace. Raises UserError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = "gpt2, gpt2-medium, gpt2-large, gpt2-xl (Hugging Face's), or a checkpoint's path"
     file = "a .jsonl file like HellaSwag's (default: hellaswag/hellaswag_val.jsonl beside this"
-    width = min(100, shutil.get_terminal_size().columns)
-    parser = argparse.ArgumentParser(
-        prog="hellaswag.py",
-        description="Score a GPT-2 on HellaSwag: how often it prefers the right one of 4 endings.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=width),
-        allow_abbrev=False,
-    )
-    parser.error = lambda message: parser.exit(2, f"hellaswag.py: error: {message}\n")
+    parser = Parser("Score a GPT-2 on HellaSwag: how often it prefers the right one of 4 endings.")
     add = parser.add_argument
     add("-m", "--model_type", default="gpt2", metavar="MODEL", help=f"{model} (default: gpt2)")
     add("-d", "--device", default=device, help=f"cuda, cuda:1, mps, cpu (default here: {device})")
@@ -389,7 +377,7 @@ def parse_args(argv=None):
     add("--data_file", metavar="FILE", help=f"{file} script, 12 MB, fetched once)")
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
-        parser.error(f"argument --limit: {args.limit} is not 1 or more")
+        raise UserError(f"--limit {args.limit}: must be at least 1")
     return args
 
 
@@ -446,9 +434,8 @@ def score(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
     try:
-        score(args)
+        score(parse_args(argv))
     except UserError as e:
         print(f"hellaswag.py: error: {e}", file=sys.stderr)
         return 2

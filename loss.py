@@ -44,13 +44,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(h.device.type, enabled=False):
             for rows in (slice(i, i + chunk) for i in range(0, h.size(0), chunk)):
                 x, target = h[rows].to(dtype), targets[rows].unsqueeze(1)
-                logits = (x @ w.T).to(weight.dtype)
-                lse = logits.logsumexp(dim=1, keepdim=True)
-                total += (lse - logits.gather(1, target)).sum()
+                g = (x @ w.T).to(weight.dtype)  # logits; everything after is done in their place
+                top, picked = g.amax(dim=1, keepdim=True), g.gather(1, target)
+                z = g.sub_(top).exp_().sum(dim=1, keepdim=True)
+                total += (top + z.log() - picked).sum()
                 if wants_grad:  # of the sum, not yet of the mean: small numbers suffer in float16
-                    g = logits.sub_(lse).exp_()
-                    g.scatter_add_(1, target, -torch.ones_like(lse))
-                    g = g.to(dtype)
+                    g = g.div_(z).scatter_add_(1, target, -torch.ones_like(z)).to(dtype)
                     grad_h[rows] = g @ w
                     grad_w += g.T @ x
         if wants_grad:

@@ -30,7 +30,6 @@ class Dist:
     """This process among all, and what they do together. One process is the plain case."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
 
@@ -54,7 +53,7 @@ class Dist:
         """The values of all processes (anything that pickles), in the order of their ranks."""
         box = [value] * self.world_size
         if self.world_size > 1:
-                torch.distributed.all_gather_object(box, value)
+            torch.distributed.all_gather_object(box, value)
         return box
 
     def check_same(self, flags):
@@ -125,7 +124,7 @@ def processes(device_name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
-    dist = Dist(env["RANK"], env["LOCAL_RANK"], world_size, device)
+    dist = Dist(env["RANK"], world_size, device)
     if world_size == 1:
         yield dist
         return

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import AgreedError, UserError, one_line, say, warn
+from common import AgreedError, RunError, UserError, one_line, say, warn
 
 EOT = 50256  # <|endoftext|>, the one special token of GPT-2; it stands before each document
 MANIFEST, MANIFEST_FORMAT = "manifest.json", "fineweb.py 1"
@@ -145,7 +145,6 @@ class TokenStream:
         self._shards = shards
         self._starts = [0, *itertools.accumulate(self.counts)]
         self._files = collections.OrderedDict()  # shard index -> open file, least recent first
-        self._lock = threading.Lock()  # a file has one position, and a loader may prefetch
         self._counted = (0, 0, 0)  # shard, tokens looked at, EOTs among them
 
     def __len__(self):
@@ -176,15 +175,14 @@ class TokenStream:
             return
         view = memoryview(out).cast("B")
         try:
-            with self._lock:
-                file = self._open(i)
-                file.seek(shard.start + 2 * offset)
-                while view.nbytes and (n := file.readinto(view)):
-                    view = view[n:]
+            file = self._open(i)
+            file.seek(shard.start + 2 * offset)
+            while view.nbytes and (n := file.readinto(view)):
+                view = view[n:]
         except OSError as e:
-            raise UserError(f"{shard.path} cannot be read any more: {e.strerror or e}") from e
+            raise RunError(f"{shard.path} cannot be read any more: {e.strerror or e}") from e
         if view.nbytes:
-            raise UserError(
+            raise RunError(
                 f"{shard.path} is shorter than when it was opened ({shard.count:,} tokens then); "
                 "stop what is changing it, and start again"
             )

@@ -453,7 +453,7 @@ class DataLoaderLite:
         self.B, self.T, self.tokens = B, T, tokens
         self.process_rank, self.num_processes = process_rank, num_processes
         self.rows_per_step = rows_per_step or B * num_processes
-        self.micro_steps = self.rows_per_step // (B * num_processes)
+        self.grad_accum_steps = self.rows_per_step // (B * num_processes)
         self.shuffle, self.seed, self.vocab_size = shuffle, seed, vocab_size
         self.n_windows = (len(tokens) - 1) // T
         if self.n_windows < 1:
@@ -464,13 +464,13 @@ class DataLoaderLite:
 
     def reset(self, step=0):
         """Make the first batch of `step` the next one."""
-        self.next_micro_step = step * self.micro_steps
+        self.next_micro_step = step * self.grad_accum_steps
 
     def next_batch(self):
-        step, micro = divmod(self.next_micro_step, self.micro_steps)
+        step, micro_step = divmod(self.next_micro_step, self.grad_accum_steps)
         self.next_micro_step += 1
         first = step * self.rows_per_step
-        first += (micro * self.num_processes + self.process_rank) * self.B
+        first += (micro_step * self.num_processes + self.process_rank) * self.B
         return self.read(self.windows(np.arange(first, first + self.B)))
 
     def windows(self, rows):
@@ -645,10 +645,9 @@ def evaluate_only(run):
         score_hellaswag(run)
     if run.prompt:
         decode = run.data.tokenizer.stream()
-        show = lambda ids: print(decode(ids), end="", flush=True)  # noqa: E731
-        print("sample 0: ", end="")
-        show(run.prompt)
-        sample(run, lambda i, text: print(f"\nsample {i}: {text}" * (i > 0), end=""), live=show)
+        print(f"sample 0: {decode(run.prompt)}", end="", flush=True)
+        sample(run, lambda i, text: print(f"\nsample {i}: {text}" * (i > 0), end=""),
+               live=lambda ids: print(decode(ids), end="", flush=True))
         print()
 
 
@@ -674,15 +673,15 @@ def train_step(run):
     micro-step only; DDP reads that decision in its forward. Neither a loss nor a norm that is not
     finite reaches the weights.
     """
-    cfg, dist, micro_steps = run.cfg, run.dist, run.loader.micro_steps
+    cfg, dist, grad_accum_steps = run.cfg, run.dist, run.loader.grad_accum_steps
     loss_accum = torch.zeros((), device=dist.device)
-    for micro_step in range(micro_steps):
+    for micro_step in range(grad_accum_steps):
         x, y = run.batch
-        local = run.ddp is not None and micro_step < micro_steps - 1
+        local = run.ddp is not None and micro_step < grad_accum_steps - 1
         with run.ddp.no_sync() if local else contextlib.nullcontext():
             with run.autocast():
                 _, loss = run.model(x, y)
-            loss = loss / micro_steps  # the loss is a mean: so is the sum of these parts
+            loss = loss / grad_accum_steps  # the loss is a mean: so is the sum of these parts
             run.scaler.scale(loss).backward()
         loss_accum += loss.detach()
         run.fetch_batch()
@@ -708,9 +707,8 @@ def train_step(run):
 
 def check_finite(run, loss, norm):
     """End the run before a loss or a norm that is not finite spoils the weights."""
-    skipped = run.scaler.is_enabled()  # float16: the scaler skips such an update and goes lower
-    if math.isfinite(loss) and (math.isfinite(norm) or skipped):
-        return
+    if math.isfinite(loss) and (math.isfinite(norm) or run.scaler.get_scale() > 1):
+        return  # float16: the scaler skips an update whose norm overflowed, and halves its scale
     rows, names = list(run.loader.where(run.step)), run.loader.tokens.names
     (*_, first, start), (*_, last, end) = rows[0], rows[-1]
     raise RunError(
@@ -728,7 +726,8 @@ def build_config(given, saved, init, dist):
     model, _, init_flags = init
     defaults = {f.name: f.default for f in fields(TrainConfig)}
     if saved:
-        cfg = {k: v for k, v in saved["flags"].items() if k in defaults.keys() - PER_COMMAND}
+        cfg = {k: v for k, v in saved["flags"].items()
+               if k in defaults.keys() - PER_COMMAND and (k, v) != ("prompt", "-")}  # not again
         cfg |= {"preset": saved["flags"]["preset"]} | PRESETS.get(given.get("preset"), {})
     elif given.get("preset", "auto") == "auto":
         preset, why = choose_preset(given, dist.device.type, dist.world_size)
@@ -852,7 +851,7 @@ def describe_run(run):
     say(f"using device: {device} ({name}), {cfg.dtype}, compile {'on' if run.compiled else 'off'}; "
         f"{run.matmul_rate / 1e12:.2f} TFLOP/s in a large matrix product")
     say(f"total desired batch size: {cfg.total_batch_size}")
-    say(f"=> calculated gradient accumulation steps: {loader.micro_steps} "
+    say(f"=> calculated gradient accumulation steps: {loader.grad_accum_steps} "
         f"(B {loader.B}, T {cfg.T}, processes {run.dist.world_size})")
     for split, tokens in (("train", data.train), ("val", data.val)):
         say(f"found {len(tokens.names)} shards for split {split}: {len(tokens):,} tokens")
@@ -908,6 +907,8 @@ def train(run):
     rate = f", {cfg.total_batch_size / clock.mean:,.0f} tok/s" if clock.mean else ""
     say(f"done: {cfg.max_steps} steps, {cfg.max_steps * cfg.total_batch_size:,} tokens{rate}, "
         f"validation loss {run.val_loss:.4f}")
+    say(f"try next: python train_gpt2.py --init {os.path.join(cfg.log_dir, 'last.pt')} --eval_only "
+        '--prompt "The sea" --sample_length 100')
     return 0
 
 
@@ -924,20 +925,17 @@ def train_and_report(run, saved):
     if not all(dist.gather(os.path.isdir(cfg.log_dir))):
         warn(f"not every node sees {cfg.log_dir}: a resume will need it on shared storage")
     try:
-        status = train(run)
+        return train(run)
     except torch.OutOfMemoryError:
-        B = run.loader.B
-        raise UserError(f"out of GPU memory with --B {B}: use --B {max(1, B // 2)}, a step stays "
-                        f"{cfg.total_batch_size} tokens") from None
+        B, rows = run.loader.B, run.loader.rows_per_step // dist.world_size
+        smaller = next((b for b in range(B - 1, 0, -1) if rows % b == 0), None)
+        raise UserError(f"out of GPU memory with --B {B}: " + (
+            f"use --B {smaller}, a step stays {cfg.total_batch_size} tokens" if smaller else
+            "use a smaller --T or a smaller model")) from None
     finally:
         if dist.is_main:
             run.reporter.close()
             lock.close()
-    if status == 0:
-        last = os.path.join(cfg.log_dir, "last.pt")
-        say(f'try next: python train_gpt2.py --init {last} --eval_only --prompt "The sea" '
-            "--sample_length 100")
-    return status
 
 
 def run_command(given, dist):
@@ -957,6 +955,7 @@ def run_command(given, dist):
             raise UserError(f"--{aside[0]} needs weights: --init PATH, or --resume and a --log_dir "
                             "that holds a checkpoint")
     cfg = dist.together(build_config, given, saved, init, dist)
+    dist.check_same({"dtype": cfg.dtype})  # auto, on GPUs of several kinds
     if cfg.export_hf:
         model = init[0] or load_model(saved, "the checkpoint")
         return export_hf(model, cfg.export_hf) if dist.is_main else 0

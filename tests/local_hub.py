@@ -21,10 +21,12 @@ COMMIT = "c0ffee" * 6 + "c0ff"
 
 
 class Hub:
-    """with Hub(folder, "owner/name") as hub: ... hub.url, hub.requests (paths asked for)"""
+    """with Hub(folder, "owner/name") as hub: ... hub.url, hub.requests (paths asked for), hub.lost
+    (part of the names of files that the hub has no more)"""
 
     def __init__(self, folder, repo):
         self.folder, self.repo, self.requests = str(folder), repo, []
+        self.lost = None
         handler = type("Handler", (Handler,), {"hub": self})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -107,7 +109,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_file(self, name):
         path = os.path.join(self.hub.folder, name)
-        if not os.path.isfile(path):
+        if not os.path.isfile(path) or (self.hub.lost and self.hub.lost in name):
             return self.reply(404, headers={"X-Error-Code": "EntryNotFound"})
         with open(path, "rb") as f:
             data = f.read()

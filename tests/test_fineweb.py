@@ -22,7 +22,7 @@ from local_hub import Hub
 
 import fineweb
 import tokens as tokens_module
-from fineweb import EOT, Tokenizer, UserError
+from fineweb import EOT, RunError, Tokenizer, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HELPER = str(ROOT / "tests" / "local_hub.py")
@@ -178,6 +178,16 @@ def test_encode_is_encode_ordinary(real):
 # The command: sources
 
 
+def test_half_a_surrogate_pair_is_the_same_token_with_and_without_shuffle(real, tmp_path):
+    path = tmp_path / "half.jsonl"
+    path.write_text('{"text": "a \\ud800 b"}\n')
+    for out, extra in (("plain", []), ("mixed", ["--shuffle", "1"])):
+        argv = ["--files", str(path), "--out", str(tmp_path / out), "--num_proc", "1"]
+        assert fineweb.main([*argv, "--shard_size", "3", *extra], real) == 0
+    assert (tokens_of(tmp_path / "plain") == tokens_of(tmp_path / "mixed")).all()
+    assert real.decode(tokens_of(tmp_path / "plain")[1:]) == "a \ufffd b"
+
+
 def test_files_of_every_kind_and_shuffle(tmp_path, capsys):
     texts = texts_of(40, seed=1)
     (tmp_path / "b.txt").write_text("one document\n\nonly", encoding="utf-8")
@@ -292,6 +302,26 @@ def test_the_hub_killed_and_rerun(hub, tmp_path, how):
     for s in listed["shards"]:
         assert (tmp_path / s["name"]).stat().st_mtime_ns == old[s["name"]]
     assert (tokens_of(tmp_path) == oracle(texts)).all()
+
+
+@posix
+def test_a_stream_that_breaks_off_goes_on_when_the_hub_is_back(tmp_path):
+    pytest.importorskip("datasets")
+    texts = texts_of(200, seed=3)
+    files = hub_folder(tmp_path / "repo", texts)
+    with Hub(tmp_path / "repo", DATA) as server:
+        env = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
+               "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}  # fmt: skip
+        out = tmp_path / "out"
+        argv = ["--shard_size", "4000", "--num_proc", "1", "--out", out, "--streaming"]
+        server.lost = os.path.basename(files[-1])
+        _, err = finish(start(env, "Bytes", *argv), status=1)
+        assert "cannot be read on" in err and "finished shards" in err and err.count("\n") == 1
+        listed = fineweb.load_manifest(out)["shards"]
+        assert listed and (tokens_of(out) == oracle(texts)[: 4000 * len(listed)]).all()
+        server.lost = None
+        finish(start(env, "Bytes", *argv))
+        assert (tokens_of(out) == oracle(texts)).all()
 
 
 def wait_for_shards(folder, n):
@@ -522,11 +552,10 @@ def test_help_fits_and_explains_every_flag(capsys):
         fineweb.main(["--help"])
     text = capsys.readouterr().out
     assert e.value.code == 0 and max(map(len, text.splitlines())) <= 100
-    args = vars(fineweb.parse_args([]))
-    del args["writing"]
-    assert all(f"\n  --{flag} " in text for flag in args)
-    assert args["shard_size"] == 10**8 and args["name"] == "sample-10BT"
-    assert args["out"] == str(ROOT / "edu_fineweb10B")
+    args = fineweb.parse_args([])
+    assert all(f"\n  --{flag}" in text for flag in vars(args))
+    assert args.shard_size == 10**8 and args.name == "sample-10BT"
+    assert args.out == str(ROOT / "edu_fineweb10B")
     assert fineweb.parse_args(["--dataset", "a/b"]).name is None
 
 
@@ -677,7 +706,7 @@ def test_a_shard_cut_while_it_is_read(tmp_path):
     stream = fineweb.open_shards(tmp_path, "train")
     os.truncate(path, 150)
     assert stream.read(0, 5).tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match="a_train_1.npy is shorter"):
+    with pytest.raises(RunError, match="a_train_1.npy is shorter"):
         stream.read(50, 10)
 
 

@@ -853,6 +853,9 @@ def test_newest_is_the_largest_step(tmp_path):
         torch.save(state | {"step": step}, tmp_path / f"model_{step:05d}.pt")
     path, found = checkpoint.find_checkpoint(str(tmp_path))
     assert found["step"] == 100000 and path.endswith("model_100000.pt")
+    for step, newest in ((99000, "model_100000.pt"), (100000, "last.pt"), (100001, "last.pt")):
+        torch.save(state | {"step": step}, tmp_path / "last.pt")  # a kill between the two writes
+        assert checkpoint.find_checkpoint(str(tmp_path))[0] == str(tmp_path / newest)
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from conftest import ROOT, SHARED, TINY, command, has_vocabulary, read_log, trai
 
 import hellaswag
 import train_gpt2
-from tokens import get_tokenizer
+from common import RunError
+from tokens import get_tokenizer, open_shards
 
 # build-nanogpt's own classes and loop in float32 on a CPU: loss and gradient norm of 12 steps.
 GOLDEN = [
@@ -294,7 +296,8 @@ def test_eval_only(tiny_run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--prompt="], "--prompt is empty"),
+    (["--prompt="], "--prompt: must not be empty"),
+    (["--export_hf="], "--export_hf: must not be empty"),  # "$DIR" that was never set
     (["--prompt", "the sea " * 30], "too many for --block_size 32"),
     (["--prompt", "the sea is green", "--sample_length=2"], "too many for --sample_length 2"),
     (["--n_layer=3"], "--n_layer 3 contradicts --init"),
@@ -373,6 +376,17 @@ def test_wandb_offline(shards, tmp_path, monkeypatch, capsys):
     os.rename("log/model_00004.pt", "log/gone")
     run_here(*flags, "--resume")
     assert json.loads(Path("log/config.json").read_text())["wandb_id"] == first
+
+
+def test_float16_goes_lower_before_it_gives_up(shards):
+    loader = train_gpt2.DataLoaderLite(2, 16, 0, 1, open_shards(shards, "train"))
+    run = SimpleNamespace(step=7, loader=loader, cfg=SimpleNamespace(log_dir="log", T=16),
+                          scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
+    train_gpt2.check_finite(run, 5.0, math.inf)  # the scaler skips this update
+    for scale, loss in ((1.0, 5.0), (2.0, math.nan)):
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        with pytest.raises(RunError, match="step 7: loss"):
+            train_gpt2.check_finite(run, loss, math.inf)
 
 
 def test_missing_optional_packages_are_named(shards, tmp_path, monkeypatch, capsys):

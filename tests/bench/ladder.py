@@ -8,8 +8,9 @@ The lecture's ladder of speed-ups as one command: each rung adds one to the rung
 
 All rungs are built first and then timed in turn, round after round, so that a machine whose speed
 drifts slows them alike. Printed: median ms per step, tokens/s, mfu (train_gpt2.py's definition:
-model FLOPs over the rate of a large matrix product in bfloat16 on this device), and the ratio to
-the first rung and to "shipped": build-nanogpt's own configuration.
+model FLOPs over the rate of a large matrix product in --dtype on this device), and the ratio to
+the first rung and to "shipped": build-nanogpt's own configuration. --dtype float32 leaves autocast
+out of every rung, for a CPU whose bfloat16 is emulated.
 """
 
 import argparse
@@ -81,7 +82,8 @@ class Rung:
         loss.CHUNK_ROWS = {"cpu": 512, "cuda": 4096} if s["lean"] else {"cpu": 2**40, "cuda": 2**40}
         sdpa = contextlib.nullcontext() if s["flash"] else sdpa_kernel(SDPBackend.MATH)
         x, y = self.batch if s["prefetch"] else self.fetch()
-        with torch.autocast(kind, torch.bfloat16, enabled=s["bf16"]), sdpa:
+        low = s["bf16"] and self.args.dtype == "bfloat16"
+        with torch.autocast(kind, torch.bfloat16, enabled=low), sdpa:
             _, value = self.net(x, y)
         value.backward()
         if s["prefetch"]:
@@ -104,7 +106,7 @@ def peak_memory(args, names):
     shipped = None
     for name in sorted(names, key=lambda n: n != "shipped"):
         command = [sys.executable, __file__, "--child", name, "--device", args.device]
-        command += [f"--{k}={getattr(args, k)}" for k in ("n_layer", "n_embd", "B", "T")]
+        command += [f"--{k}={getattr(args, k)}" for k in ("dtype", "n_layer", "n_embd", "B", "T")]
         gb = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         shipped = shipped or gb
         print(f"{name:12} peak {gb:6.2f} GB   {gb / shipped:.2f} of shipped", flush=True)
@@ -126,6 +128,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--n_layer", type=int)
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--B", type=int)
@@ -155,12 +158,12 @@ def main():
         rung.step()
     rates = []
     for _ in range(args.rounds):
-        rates.append(measure_matmul(torch.device(args.device), torch.bfloat16))
+        rates.append(measure_matmul(torch.device(args.device), getattr(torch, args.dtype)))
         for rung in built.values():
             rung.timed_step()
     rate, tokens = statistics.median(rates), args.B * args.T
     print(f"{args.n_layer} layers, {args.n_embd} wide, B={args.B}, T={args.T}, {args.device}, "
-          f"torch {torch.__version__}; large bfloat16 product {rate / 1e12:.3f} TFLOP/s")
+          f"torch {torch.__version__}; large {args.dtype} product {rate / 1e12:.3f} TFLOP/s")
     medians = {n: statistics.median(r.times) for n, r in built.items()}
     first, shipped = next(iter(medians.values())), medians.get("shipped")
     print(f"{'rung':12} {'ms/step':>9} {'tok/s':>9} {'mfu':>6} {'x first':>8} {'x shipped':>9}")
