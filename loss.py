@@ -5,7 +5,7 @@ The loss of a language model without all of its logits in memory.
 import torch
 from torch.nn import functional as F
 
-CHUNK_ROWS = {"cpu": 512, "cuda": 4096}  # rows of logits that are alive together
+CHUNK_ROWS = {"cpu": 256, "cuda": 4096}  # rows of logits that are alive together, or more
 
 
 def head_cross_entropy(h, weight, targets):
@@ -17,7 +17,8 @@ def head_cross_entropy(h, weight, targets):
     """
     h, targets = h.flatten(0, 1), targets.flatten()
     kind = h.device.type
-    chunk = CHUNK_ROWS.get(kind, CHUNK_ROWS["cpu"])
+    # A chunk costs a pass over the weight's gradient: its logits may be as large as that.
+    chunk = max(CHUNK_ROWS.get(kind, CHUNK_ROWS["cpu"]), weight.size(1))
     if h.size(0) <= chunk or torch.compiler.is_compiling():
         return F.cross_entropy(F.linear(h, weight), targets)
     low = torch.is_autocast_enabled(kind)
@@ -51,7 +52,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 if wants_grad:  # of the sum, not yet of the mean: small numbers suffer in float16
                     g = g.div_(z).scatter_add_(1, target, -torch.ones_like(z)).to(dtype)
                     grad_h[rows] = g @ w
-                    grad_w += g.T @ x
+                    if dtype == grad_w.dtype:
+                        grad_w.addmm_(g.T, x)
+                    else:
+                        grad_w += g.T @ x
         if wants_grad:
             ctx.save_for_backward(grad_h, grad_w)
             ctx.h_dtype = h.dtype

@@ -109,7 +109,7 @@ def test_import_is_silent_and_light(tmp_path):
 def test_smoke_run_tells_the_whole_story(tmp_path):
     """The README's first command, with whichever vocabulary is to be had."""
     limit = 5.6 if has_vocabulary() else 2.7  # unigram frequencies alone: 5.7 and 3.2
-    result = train(cwd=tmp_path, OMP_NUM_THREADS="2")
+    result = train(cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     log = read_log(tmp_path / "log")
     val = [float(v) for (_, stream), v in log.items() if stream == "val"]
