@@ -96,7 +96,7 @@ def saved_step(path):
     file that cannot be read counts as the newest, so that a resume tries it and names it."""
     number = re.search(r"model_(\d+)\.pt$", path)
     try:
-        return int(number[1]) if number else torch.load(path, mmap=True, weights_only=True)["step"]
+        return int(number[1] if number else torch.load(path, mmap=True, weights_only=True)["step"])
     except Exception:  # a damaged pickle raises whatever it likes
         return math.inf
 
@@ -176,6 +176,10 @@ def export_hf(model, folder):
         raise UserError(f"Hugging Face's GPT-2 knows no --pos {c.pos} --mlp {c.mlp} --norm "
                         f"{c.norm}: only the faithful model can be exported")
     transformers = optional_import("transformers", "--export_hf")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--export_hf {folder} cannot be written ({one_line(e)})") from None
     n_vocab = min(c.vocab_size, 50257)
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=n_vocab, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
@@ -184,5 +188,8 @@ def export_hf(model, folder):
     for name in ("transformer.wte.weight", "lm_head.weight"):
         state[name] = state[name][:n_vocab]
     hf.load_state_dict(state)
-    hf.save_pretrained(folder)
+    try:
+        hf.save_pretrained(folder)
+    except OSError as e:
+        raise RunError(f"{folder} could not be written ({one_line(e)}); it is not whole") from None
     say(f"wrote {folder}: GPT2LMHeadModel.from_pretrained({folder!r}) loads it")

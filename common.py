@@ -79,13 +79,22 @@ def run_main(program, command):
             time.sleep(10)  # torchrun ends this process once the main one has printed and gone
         if is_main_process() or not isinstance(e, AgreedError):
             print(f"{program}: error: {e}", file=sys.stderr, flush=True)
-    except RuntimeError as e:
-        if not re.search("onnection (closed|reset|refused)", str(e)):
+    except BrokenPipeError:  # as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except (RuntimeError, MemoryError) as e:
+        if re.search("allocate memory|nable to allocate|enough memory|out of memory|"
+                     "size calculation overflow", str(e)):
+            status = 2
+            print(f"{program}: error: out of memory ({one_line(e)}): use a smaller model, --B or "
+                  "--T", file=sys.stderr, flush=True)
+        elif re.search("onnection (closed|reset|refused)", str(e)):
+            print(f"{program}: rank {os.environ.get('RANK')} stops: another process is gone",
+                  file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)  # a process group whose peer is dead may wait for it when taken down
+        else:
             raise
-        rank, status = os.environ.get("RANK"), 1
-        print(f"{program}: rank {rank} stops: another process is gone", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(status)  # a process group whose peer is dead may wait for it when it is taken down
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     torch = sys.modules.get("torch")
@@ -102,10 +111,10 @@ def run_main(program, command):
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations that answers a mistake with one line and a likely name."""
 
-    def __init__(self, description):
+    def __init__(self, description, usage="%(prog)s [--flag value ...]"):
         super().__init__(
             description=description,
-            usage="%(prog)s [--flag value ...]",
+            usage=usage,
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
                 prog, max_help_position=28, width=100
@@ -127,17 +136,19 @@ class Parser(argparse.ArgumentParser):
         hint = ""
         if message.startswith("unrecognized arguments: "):
             unknown = message.split(": ")[1].split()[0].split("=")[0]
-            known = difflib.get_close_matches(unknown, self._option_string_actions, 1)
+            known = difflib.get_close_matches(unknown, self._option_string_actions, 1, 0.7)
             hint = f"; did you mean {known[0]}?" if known else ""
         raise UserError(f"{message}{hint} (--help lists the flags)")
 
 
-def flag(default, text, kind=None, ge=None, gt=None, choices=None, shown=None):
+def flag(default, text, kind=None, ge=None, gt=None, le=None, choices=None, shown=None,
+         empty=False):
     """A field of a dataclass of flags. kind: its type where the default is None; ge, gt: the least
-    value, inclusive or not; shown: the default in words."""
-    kind = kind or type(default)
-    return field(default=default, metadata=dict(text=text, kind=kind, ge=ge, gt=gt, choices=choices,
-                                                shown=str(default) if shown is None else shown))
+    value, inclusive or not; le: the largest; shown: the default in words; empty: whether an empty
+    text is a value."""
+    kind, shown = kind or type(default), str(default) if shown is None else shown
+    return field(default=default, metadata=dict(text=text, kind=kind, ge=ge, gt=gt, le=le,
+                                                choices=choices, shown=shown, empty=empty))
 
 
 def not_empty(text):
@@ -158,7 +169,9 @@ def add_flags(parser, cls, groups):
         if kind is list:
             how = dict(type=not_empty, nargs="+", metavar="PATH")
         elif kind is not bool:
-            how = dict(type=not_empty if kind is str else kind, choices=meta["choices"])
+            how = dict(type=kind, choices=meta["choices"])
+            if kind is str and not meta["empty"]:
+                how["type"] = not_empty
             how["metavar"] = None if meta["choices"] else kind.__name__.upper()
         text = meta["text"] + (f" (default: {meta['shown']})" if meta["shown"] else "")
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
@@ -172,9 +185,12 @@ def check_ranges(config):
             raise UserError(f"--{f.name} {value}: choose from {', '.join(meta['choices'])}")
         if value is None or isinstance(value, (str, bool, list)):
             continue
-        if meta["gt"] is not None and not (value > meta["gt"] and math.isfinite(value)):
+        largest = sys.float_info.max if isinstance(value, float) else meta["le"] or 2**63 - 1
+        if value > largest and value != math.inf:
+            raise UserError(f"--{f.name} {value}: must be at most {largest}")
+        if meta["gt"] is not None and not meta["gt"] < value <= largest:  # nan is neither
             raise UserError(f"--{f.name} {value}: must be a number above {meta['gt']}")
-        if meta["ge"] is not None and not (value >= meta["ge"] and math.isfinite(value)):
+        if meta["ge"] is not None and not meta["ge"] <= value <= largest:
             raise UserError(f"--{f.name} {value}: must be a number of at least {meta['ge']}")
 
 

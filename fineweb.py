@@ -199,8 +199,9 @@ def open_files(args):
             try:
                 column = pa.array(some, pa.large_string())
             except UnicodeEncodeError:  # half a surrogate pair: take it for what tiktoken does
-                some = [t.encode("utf-16", "surrogatepass") for t in some]
-                column = pa.array([t.decode("utf-16", "replace") for t in some], pa.large_string())
+                some = [t and t.encode("utf-16", "surrogatepass") for t in some]
+                some = [t and t.decode("utf-16", "replace") for t in some]
+                column = pa.array(some, pa.large_string())
             copy.write_batch(pa.record_batch([column], schema=schema))
     return Table(datasets.Dataset.from_file(path), "text", args.shuffle)
 
@@ -262,7 +263,8 @@ def read_stream(data, args, note, seen, first):
 def hub_error(dataset, e):
     """The error to raise for one of the hub's: the user's, where a name is wrong, or a RunError."""
     kinds = {t.__name__ for t in type(e).__mro__}
-    if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}:
+    if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError",
+                "EmptyDatasetError", "DataFilesNotFoundError", "HFValidationError"}:
         hint = "check --dataset and --revision, or log in with `hf auth login`"
         return UserError(f"no dataset {dataset} that can be read ({one_line(e, 120)}); {hint}")
     if "ValueError" in kinds and "ArrowException" not in kinds:  # an unknown config or split
@@ -718,7 +720,7 @@ class Flags:
         None, "seed of a random order of all documents. With --files takes disk for a copy of the "
         "texts meanwhile, else slow random reads on a hard disk; with --streaming it is the files "
         f"and a buffer of {STREAM_BUFFER:,} documents that is shuffled, and a rerun reads from the "
-        "start again", int, ge=0, shown="as they come")
+        "start again", int, ge=0, le=2**32 - 1, shown="as they come")
 
     num_proc: int = flag(
         cores(), "worker processes, 100 to 200 MB each; a core makes 2 to 4 million tokens/s, so "

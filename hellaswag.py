@@ -30,7 +30,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from common import Parser, UserError
+from common import Parser, UserError, not_empty
+from machine import choose_device
 from tokens import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -371,23 +372,15 @@ def parse_args(argv=None):
     file = "a .jsonl file like HellaSwag's (default: hellaswag/hellaswag_val.jsonl beside this"
     parser = Parser("Score a GPT-2 on HellaSwag: how often it prefers the right one of 4 endings.")
     add = parser.add_argument
-    add("-m", "--model_type", default="gpt2", metavar="MODEL", help=f"{model} (default: gpt2)")
+    add("-m", "--model_type", type=not_empty, default="gpt2", metavar="MODEL",
+        help=f"{model} (default: gpt2)")  # fmt: skip
     add("-d", "--device", default=device, help=f"cuda, cuda:1, mps, cpu (default here: {device})")
     add("--limit", type=int, metavar="N", help="score the first N examples (default: all)")
-    add("--data_file", metavar="FILE", help=f"{file} script, 12 MB, fetched once)")
+    add("--data_file", type=not_empty, metavar="FILE", help=f"{file} script, 12 MB, fetched once)")
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: must be at least 1")
     return args
-
-
-def check_device(name):
-    """Raise UserError where a tensor cannot be put on that device."""
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as e:
-        why = str(e).splitlines()[0]
-        raise UserError(f"device {name} cannot be used here ({why}); see --device") from e
 
 
 def show(number, example, means, decode):
@@ -406,7 +399,7 @@ def score_line(name, correct, total):
 
 def score(args):
     """What the command does. What can be wrong is looked at before the model is loaded."""
-    check_device(args.device)
+    args.device = choose_device(args.device, 0, 1)
     path = args.data_file or download("val")
     raw = list(itertools.islice(iterate_examples("val", path), args.limit))
     if not raw:

@@ -5,7 +5,7 @@ The loss of a language model without all of its logits in memory.
 import torch
 from torch.nn import functional as F
 
-CHUNK_ROWS = {"cpu": 256, "cuda": 4096}  # rows of logits that are alive together, or more
+CHUNK_ROWS = {"cpu": 256, "cuda": 4096}  # least rows of logits alive together
 
 
 def head_cross_entropy(h, weight, targets):

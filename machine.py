@@ -56,15 +56,15 @@ class Dist:
             torch.distributed.all_gather_object(box, value)
         return box
 
-    def check_same(self, flags):
-        """All processes must have been started with the same flags."""
+    def check_same(self, flags, fix="start all processes with the same flags"):
+        """All processes must have the same flags, a dict."""
         everybody = self.gather(flags)
         for rank, other in enumerate(everybody):
             for name in sorted(everybody[0].keys() | other.keys()):
                 first, here = (f.get(name, "not given") for f in (everybody[0], other))
                 if repr(first) != repr(here):  # nan is not equal to itself
                     raise AgreedError(f"--{name} is {first} on rank 0 but {here} on rank {rank}: "
-                                      "start all processes with the same flags")
+                                      + fix)
 
     def together(self, fn, *args):
         """fn(*args) on every process; a UserError or RunError of any of them is raised on all.
@@ -114,7 +114,12 @@ def choose_device(name, local_rank, local_world_size):
 def processes(device_name):
     """Yield this process's Dist, inside a process group where torchrun started several."""
     defaults = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)
-    env = {k: int(os.environ.get(k, v)) for k, v in defaults.items()}
+    env = {k: os.environ.get(k, str(v)) for k, v in defaults.items()}
+    for name, value in env.items():
+        if not value.isdigit():
+            raise UserError(f"{name}={value} in the environment is not a number: start with "
+                            "torchrun, or unset it")
+    env = {k: int(v) for k, v in env.items()}
     world_size = env["WORLD_SIZE"]
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if world_size > 1 and missing:

@@ -11,7 +11,6 @@ config.json that train_gpt2.py writes beside its log adds the learning rate, the
 of OpenAI's models a run is compared with.
 """
 
-import argparse
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError
+from common import Parser, UserError, not_empty
 
 # -----------------------------------------------------------------------------
 # What runs are compared with
@@ -433,18 +432,14 @@ def name_in_margin(axes, names):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="plot.py",
-        description="The curves of one or more runs as a picture, their best values as a table.",
-        allow_abbrev=False,
-    )
-    parser.error = lambda message: parser.exit(2, f"plot.py: error: {message}\n")  # no usage text
+    parser = Parser("The curves of one or more runs as a picture, their best values as a table.",
+                    usage="%(prog)s log [log ...] [-o FILE]")  # fmt: skip
     logs_help = "a folder with a log.txt (--log_dir of train_gpt2.py), or a log file"
-    parser.add_argument("logs", nargs="+", metavar="log", help=logs_help)
+    parser.add_argument("logs", nargs="+", type=not_empty, metavar="log", help=logs_help)
     out_help = ".png, .pdf or .svg file to write (default: curves.png in the first log's folder)"
-    parser.add_argument("-o", "--out", metavar="FILE", help=out_help)
-    args = parser.parse_args(argv)
+    parser.add_argument("-o", "--out", type=not_empty, metavar="FILE", help=out_help)
     try:
+        args = parser.parse_args(argv)
         runs = [read_log(path) for path in args.logs]
         names = [run.name for run in runs]
         for i, (run, path) in enumerate(zip(runs, args.logs, strict=True)):
@@ -459,7 +454,8 @@ def main(argv=None):
         draw(runs, out)
         print(f"wrote {out}")
     except UserError as e:
-        parser.error(str(e))
+        print(f"plot.py: error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -231,8 +231,9 @@ def open_shards(folder, split):
         found = sorted(n for n in os.listdir(folder) if split_of(n))
     mine = [n for n in found if split_of(n) == split]
     if not mine:
+        gone = "" if os.path.exists(folder) else ", which does not exist"
         hint = "run `python fineweb.py`, or name the folder that holds them"
-        raise UserError(f"no {split} shards in {folder}; {hint}")
+        raise UserError(f"no {split} shards in {folder}{gone}; {hint}")
     kinds = {n[-4:]: n for n in found}
     if len(kinds) > 1:
         both = " and ".join(kinds.values())
@@ -424,7 +425,10 @@ def encode_prompt(cfg, tokenizer):
     """Token ids of cfg.prompt (- = stdin); empty where samples are off."""
     if not cfg.num_samples or tokenizer is None:
         return []
-    ids = tokenizer.encode(sys.stdin.read() if cfg.prompt == "-" else cfg.prompt).tolist()
+    prompt = cfg.prompt
+    if prompt == "-":
+        prompt = sys.stdin.read() if sys.stdin else ""
+    ids = tokenizer.encode(prompt).tolist()
     if not ids:
         raise UserError("--prompt is empty: give it at least one character")
     for limit, name in ((cfg.block_size, "block_size"), (cfg.sample_length - 1, "sample_length")):

@@ -129,8 +129,8 @@ class TrainConfig:
     eval_only: bool = flag(False, "evaluate and sample what --init or --resume loads, then stop")
     export_hf: str = flag("", "write the weights to this folder for Hugging Face, then stop")
     inspect: int = flag(None, "print what this step reads and its text, then stop", int, ge=0,
-                        shown="")
-    wandb: str = flag("", "also log to this project of Weights & Biases")
+                        le=10**9, shown="")
+    wandb: str = flag("", "also log to this project of Weights & Biases", empty=True)
 
     def __post_init__(self):
         check_ranges(self)
@@ -330,7 +330,7 @@ class GPT(nn.Module):
             else:
                 x = self.hidden(idx[:, -self.config.block_size:])
             logits = self.lm_head(x[:, -1])[:, :n_vocab].float()
-            if temperature == 0:
+            if temperature < 1e-6:  # below it the division overflows
                 next_id = logits.argmax(dim=-1, keepdim=True)
             else:
                 probs = F.softmax(logits / temperature, dim=-1)
@@ -811,7 +811,7 @@ def make_run(cfg, saved, init_model, data, n_examples, dist):
                                cfg.shuffle, cfg.seed, cfg.vocab_size)
         val_loader = dist.together(DataLoaderLite, *split, data.val, None, "none", 0,
                                    cfg.vocab_size)
-        dist.together(lambda: scan_vocabulary(loader) if dist.is_main else None)
+        dist.together(lambda: dist.is_main and [*map(scan_vocabulary, (loader, val_loader))])
     return Run(cfg, dist, data, model, loader, val_loader, prompt, examples, StopFlag())
 
 
@@ -955,7 +955,7 @@ def run_command(given, dist):
             raise UserError(f"--{aside[0]} needs weights: --init PATH, or --resume and a --log_dir "
                             "that holds a checkpoint")
     cfg = dist.together(build_config, given, saved, init, dist)
-    dist.check_same({"dtype": cfg.dtype})  # auto, on GPUs of several kinds
+    dist.check_same({"dtype": cfg.dtype}, "the GPUs are of several kinds: give --dtype float16")
     if cfg.export_hf:
         model = init[0] or load_model(saved, "the checkpoint")
         return export_hf(model, cfg.export_hf) if dist.is_main else 0

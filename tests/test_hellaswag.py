@@ -610,7 +610,7 @@ def command(monkeypatch, tmp_path, capsys):
 
 def test_command_prints_examples_and_scores(command):
     status, lines, err = command("-m", "log/last.pt")
-    assert status == 0 and command.loaded == [("log/last.pt", "cpu")]
+    assert status == 0 and command.loaded == [("log/last.pt", torch.device("cpu"))]
     assert err == ""  # no progress bar where there is no terminal
     shown = [line for line in lines if line.startswith("example ")]
     assert len(shown) == 4 and shown[0] == "example 1: " + ROOF["ctx"][-22:]
@@ -630,8 +630,9 @@ def test_command_limit(command):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["-d", "nonsense"], "device nonsense cannot be used"),
-        (["--device", "cuda:99"], "device cuda:99 cannot be used"),
+        (["-d", "nonsense"], "--device nonsense: choose cuda"),
+        (["-m", ""], "must not be empty"),
+        (["--device", "cuda:99"], "--device cuda:99: "),
         (["-m", "of_bytes.pt"], "of_bytes.pt knows bytes"),
         (["--data_file", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
     ],
@@ -640,7 +641,7 @@ def test_command_errors_are_one_line(command, args, message):
     status, _, err = command(*args)
     assert status == 2 and message in err
     assert err.startswith("hellaswag.py: error: ") and err.count("\n") == 1
-    assert command.loaded == ([] if args[0] != "-m" else [("of_bytes.pt", "cpu")])
+    assert [name for name, _ in command.loaded] == ["of_bytes.pt"] * ("of_bytes.pt" in args)
 
 
 def test_command_names_an_empty_or_damaged_file(command, tmp_path):

@@ -230,7 +230,7 @@ def test_chunked_loss_equals_plain_cross_entropy(dtype, atol):
 
 
 def test_model_takes_the_chunked_way_where_rows_are_many():
-    model, idx, y = small_gpt(), tokens(20, 32), tokens(20, 32, seed=2)  # 640 rows > 512
+    model, idx, y = small_gpt(), tokens(20, 32), tokens(20, 32, seed=2)  # 640 rows > 256
     loss = model(idx, y)[1]
     assert "ChunkedCrossEntropy" in type(loss.grad_fn).__name__
     expected = F.cross_entropy(model(idx)[0].flatten(0, 1), y.flatten())

@@ -207,6 +207,7 @@ def test_import_is_silent_and_light(tmp_path):
     [
         (["nothing"], "nothing does not exist"),
         ([], "required: log"),
+        (["log", "-o", ""], "must not be empty"),
         (["log", "--ou", "x.png"], "unrecognized arguments: --ou"),
         (["log", "-o", "x.jpg"], "x.jpg is not a picture's name"),
     ],

@@ -181,11 +181,16 @@ MISTAKES = [
     (["--weight_decay=-0.1"], "--weight_decay -0.1"),
     (["--grad_clip=nan"], "--grad_clip nan"),
     (["--seed=-1"], "--seed -1"),
+    (["--seed=18446744073709551616"], "--seed 18446744073709551616: must be at most"),
+    (["--max_steps=" + "9" * 401], "must be at most"),
+    (["--inspect=9223372036854775807"], "must be at most 1000000000"),
+    (["--n_embd=100000000000"], "out of memory"),
+    (["--lr=3"], "unrecognized arguments: --lr=3 (--help"),  # and no far-fetched name
     (["--device=tpu"], "--device tpu: choose"),
     (["--device=cpu:1"], "--device cpu:1: choose"),
     (["--total_batch_size=250"], "use 224 or 256"),
     (["--total_batch_size=24"], "use 32"),
-    (["--data=nowhere"], "nowhere"),
+    (["--data=nowhere"], "nowhere, which does not exist"),
     (["--eval_only"], "--eval_only needs weights"),
     (["--export_hf=out"], "--export_hf needs weights"),
     (["--init=nowhere.pt"], "nowhere.pt: there is no such checkpoint"),
@@ -237,6 +242,36 @@ def test_broken_shards(kind, tmp_path, monkeypatch, capsys):
     assert "edufineweb_train_000001.npy" in err and err.count("\n") == 1
     if kind == "beyond":
         assert "token 600 at offset 0" in err and "--vocab_size 512" in err
+
+
+def test_a_val_shard_is_looked_at_before_the_older_run_is_moved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(write_shards("s"))
+    np.save(folder / "edufineweb_val_000000.npy", np.array([1] * 900 + [600] * 100, np.uint16))
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log.txt").write_text("0 train 1.0\n")
+    run_here(*TINY, "--data=s", status=2)
+    err = capsys.readouterr().err
+    assert "edufineweb_val_000000.npy has token 600 at offset 900" in err and err.count("\n") == 1
+    assert os.listdir(tmp_path / "log") == ["log.txt"]
+
+
+def test_world_size_that_is_no_number(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    run_here(*TINY, status=2)
+    assert "WORLD_SIZE=abc in the environment is not a number" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
+    data = write_shards(tmp_path / "s")
+    command = [sys.executable, ROOT / "train_gpt2.py", *TINY, f"--data={data}"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()  # as `| head -1` does
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 1 and "Traceback" not in err, err
 
 
 @pytest.mark.parametrize("content, message", [(b"", "empty"), (b"\xff\xfe\xfa" * 50, "UTF-8"),
@@ -335,6 +370,10 @@ def test_export_from_the_command(tiny_run, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     run_here("--device=cpu", f"--init={tiny_run[1]}", f"--export_hf={tmp_path / 'hf'}")
     hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    capsys.readouterr()
+    (tmp_path / "file").write_text("")
+    run_here("--device=cpu", f"--init={tiny_run[1]}", f"--export_hf={tmp_path / 'file'}", status=2)
+    assert "file cannot be written" in capsys.readouterr().err
     model, *_ = train_gpt2.load_weights(tiny_run[1])
     idx = torch.arange(30)[None]
     with torch.no_grad():
