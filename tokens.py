@@ -457,7 +457,7 @@ def open_hellaswag(n, block_size, tokenizer, dist):
 
 
 def scan_vocabulary(loader):
-    """Look at up to 100M tokens, the head of every shard, before training begins."""
+    """Look at up to 100M tokens of a split, the head of every shard, before training begins."""
     start, counts = 0, loader.tokens.counts
     for count in counts:
         for pos in range(start, start + min(count, 10**8 // len(counts)), 2**16):

@@ -633,7 +633,8 @@ def evaluate(run, step):
         run.reporter.scalars(step, **values)
         if step > 0 and run.prompt:
             sample(run, lambda i, text: run.reporter.sample(step, i, text))
-        run.reporter.draw()
+        if 0 < step < run.cfg.max_steps:  # at its end a run draws anyway
+            run.reporter.draw()
     return True
 
 
@@ -811,7 +812,8 @@ def make_run(cfg, saved, init_model, data, n_examples, dist):
                                cfg.shuffle, cfg.seed, cfg.vocab_size)
         val_loader = dist.together(DataLoaderLite, *split, data.val, None, "none", 0,
                                    cfg.vocab_size)
-        dist.together(lambda: dist.is_main and [*map(scan_vocabulary, (loader, val_loader))])
+        on_main = (loader, val_loader) if dist.is_main else ()
+        dist.together(lambda: [scan_vocabulary(x) for x in on_main])
     return Run(cfg, dist, data, model, loader, val_loader, prompt, examples, StopFlag())
 
 
