@@ -357,10 +357,11 @@ def test_prompt_from_stdin(tiny_run):
     assert "sample 0: grey sky" in result.stdout and result.returncode == 0, result.stderr
 
 
-def test_init_takes_weights_and_shape_only(tiny_run, shards, tmp_path, monkeypatch, capsys):
+def test_init_takes_weights_and_shape_only(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = [f for f in TINY if not re.match(r"--(n_layer|n_head|n_embd|vocab|block)", f)]
-    run_here(*small, f"--data={shards}", f"--init={tiny_run[1]}", "--max_steps=1")
+    data = tiny_run[0] / "text.txt"
+    run_here(*small, f"--data={data}", f"--init={tiny_run[1]}", "--max_steps=1")
     saved = torch.load("log/last.pt", weights_only=True)
     assert saved["config"] == torch.load(tiny_run[1], weights_only=True)["config"]
     assert saved["step"] == 1
