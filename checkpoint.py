@@ -127,14 +127,14 @@ def find_checkpoint(folder):
 def load_for_resume(folder, dist):
     """The checkpoint that --resume goes on from, the same on all processes; None: there is none."""
     path, checkpoint = dist.together(
-        lambda: find_checkpoint(folder) if dist.is_main else (None, None))
+        lambda: find_checkpoint(folder) if dist.master_process else (None, None))
     path = dist.broadcast(path)
 
     def load():
         if path and not os.path.exists(path):
             raise UserError(f"{path} is not there on {platform.node()}: on several nodes --log_dir "
                             "must be on shared storage")
-        return checkpoint if dist.is_main or not path else read_checkpoint(path)
+        return checkpoint if dist.master_process or not path else read_checkpoint(path)
 
     checkpoint = dist.together(load)
     return checkpoint and checkpoint | {"path": path}

@@ -34,7 +34,7 @@ class Dist:
     device: torch.device
 
     @property
-    def is_main(self):
+    def master_process(self):
         return self.rank == 0
 
     def sum(self, values):
@@ -47,7 +47,7 @@ class Dist:
 
     def broadcast(self, value):
         """The main process's value (anything that pickles)."""
-        return self.gather(value if self.is_main else None)[0]
+        return self.gather(value if self.master_process else None)[0]
 
     def gather(self, value):
         """The values of all processes (anything that pickles), in the order of their ranks."""
@@ -232,9 +232,9 @@ def optimizer_state(optimizer, dist):
             tensor = mine[p][name] if owner == dist.rank else torch.empty_like(p)
             if owner and owner == dist.rank:
                 torch.distributed.send(tensor, 0)
-            elif owner and dist.is_main:
+            elif owner and dist.master_process:
                 torch.distributed.recv(tensor, int(owner))
-            if dist.is_main:
+            if dist.master_process:
                 states[i][name] = tensor.detach().cpu()
     number = {id(p): i for i, p in enumerate(params)}
     groups = [group | {"params": [number[id(p)] for p in group["params"]]}

@@ -368,7 +368,7 @@ def open_tokenizer(is_text, wanted, dist):
     else will do there; without the vocabulary such a run goes on, but shows no samples.
     """
     tokenizer = name = error = None
-    if dist.is_main:
+    if dist.master_process:
         try:
             tokenizer = get_tokenizer(wanted if is_text else "gpt2")
             name = tokenizer.name
@@ -382,7 +382,7 @@ def open_tokenizer(is_text, wanted, dist):
         return None, "gpt2"
     if name == "bytes" and not wanted:
         say("GPT-2's vocabulary cannot be had: the text is read as single bytes, GPT-2's tokens "
-            f"0 to 255 ({dist.is_main and tokenizer.why})")
+            f"0 to 255 ({dist.master_process and tokenizer.why})")
     return dist.together(lambda: tokenizer or get_tokenizer(name)), name
 
 

@@ -593,7 +593,7 @@ def score_hellaswag(run):
     with run.autocast():
         result = hellaswag.evaluate(run.raw_model, run.examples, dist.device, dist.rank,
                                     dist.world_size, between=lambda: run.stop.anywhere(dist),
-                                    progress=dist.is_main)
+                                    progress=dist.master_process)
     if result is None:
         return None
     correct, total = (int(n) for n in dist.sum([result.correct_norm, result.total]))
@@ -629,7 +629,7 @@ def evaluate(run, step):
     if None in values.values():
         return False
     run.val_loss = values["val"]  # a checkpoint that has it needs no more evaluation
-    if run.dist.is_main:
+    if run.dist.master_process:
         run.reporter.scalars(step, **values)
         if step > 0 and run.prompt:
             sample(run, lambda i, text: run.reporter.sample(step, i, text))
@@ -655,7 +655,7 @@ def evaluate_only(run):
 def save(run, keep=False, must=False):
     """Write a checkpoint. All processes call it: under --zero each gives its share."""
     optimizers = {k: optimizer_state(o, run.dist) for k, o in run.optimizers.items()}
-    if run.dist.is_main:
+    if run.dist.master_process:
         save_checkpoint(dict(
             model=run.raw_model.state_dict(), optimizer=optimizers, scaler=run.scaler.state_dict(),
             step=run.step, config=asdict(run.raw_model.config), flags=asdict(run.cfg),
@@ -797,7 +797,7 @@ def choose_B(cfg, rows, model, dist):
 def make_run(cfg, saved, init_model, data, n_examples, dist):
     """The part of a run that evaluation needs too: model, data, prompt, HellaSwag examples."""
     rows = None if cfg.eval_only else dist.together(check_batch, cfg, dist.world_size)
-    prompt = dist.together(lambda: encode_prompt(cfg, data.tokenizer) if dist.is_main else [])
+    prompt = dist.together(lambda: dist.master_process and encode_prompt(cfg, data.tokenizer)) or []
     examples = open_hellaswag(n_examples, cfg.block_size, data.tokenizer, dist)
     torch.manual_seed(cfg.seed)
     shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
@@ -812,7 +812,7 @@ def make_run(cfg, saved, init_model, data, n_examples, dist):
                                cfg.shuffle, cfg.seed, cfg.vocab_size)
         val_loader = dist.together(DataLoaderLite, *split, data.val, None, "none", 0,
                                    cfg.vocab_size)
-        on_main = (loader, val_loader) if dist.is_main else ()
+        on_main = (loader, val_loader) if dist.master_process else ()
         dist.together(lambda: [scan_vocabulary(x) for x in on_main])
     return Run(cfg, dist, data, model, loader, val_loader, prompt, examples, StopFlag())
 
@@ -897,7 +897,7 @@ def train(run):
         dt = time.perf_counter() - t0
         clock.add(dt)
         run.step, run.val_loss = step + 1, None
-        if run.dist.is_main:
+        if run.dist.master_process:
             run.reporter.update(step, cfg.max_steps, loss, norm, lr, dt, cfg.total_batch_size,
                                 flops / run.matmul_rate / dt, clock)
         if run.stop.agreed:
@@ -918,12 +918,12 @@ def train_and_report(run, saved):
     """Training from end to end, with the folder of the run opened and closed around it."""
     cfg, dist = run.cfg, run.dist
     prepare_training(run, saved)
-    lock = dist.together(lambda: open_log_dir(cfg.log_dir, cfg.resume) if dist.is_main else None)
+    lock = dist.together(lambda: dist.master_process and open_log_dir(cfg.log_dir, cfg.resume))
     settings = describe_run(run)
     if saved:
         say(f"resuming from {saved['path']}, step {run.step}")
     run.reporter = dist.together(lambda: open_reporter(
-        cfg.log_dir, settings, run.step, cfg.wandb) if dist.is_main else None)
+        cfg.log_dir, settings, run.step, cfg.wandb) if dist.master_process else None)
     if not all(dist.gather(os.path.isdir(cfg.log_dir))):
         warn(f"not every node sees {cfg.log_dir}: a resume will need it on shared storage")
     try:
@@ -935,7 +935,7 @@ def train_and_report(run, saved):
             f"use --B {smaller}, a step stays {cfg.total_batch_size} tokens" if smaller else
             "use a smaller --T or a smaller model")) from None
     finally:
-        if dist.is_main:
+        if dist.master_process:
             run.reporter.close()
             lock.close()
 
@@ -950,7 +950,7 @@ def run_command(given, dist):
     if not saved:
         name = given.get("init", "scratch")
         if name in GPT2_SIZES and dist.world_size > 1:  # one downloads, then all read its cache
-            dist.together(lambda: GPT.from_pretrained(name) if dist.is_main else None)
+            dist.together(lambda: GPT.from_pretrained(name) if dist.master_process else None)
         if name != "scratch":
             init = dist.together(load_weights, name)
         elif aside and aside != ["inspect"]:
@@ -960,7 +960,7 @@ def run_command(given, dist):
     dist.check_same({"dtype": cfg.dtype}, "the GPUs are of several kinds: give --dtype float16")
     if cfg.export_hf:
         model = init[0] or load_model(saved, "the checkpoint")
-        return export_hf(model, cfg.export_hf) if dist.is_main else 0
+        return export_hf(model, cfg.export_hf) if dist.master_process else 0
     if saved and not cfg.eval_only:
         dist.together(check_resume, *({f"--{k}": v for k, v in flags.items() if k not in ELASTIC}
                                       for flags in (asdict(cfg), saved["flags"])))
@@ -981,7 +981,7 @@ def run_command(given, dist):
         check_batch(replace(cfg, B=1), 1)
         loader = DataLoaderLite(1, cfg.T, 0, 1, data.train, cfg.total_batch_size // cfg.T,
                                 cfg.shuffle, cfg.seed)
-        return inspect_step(loader, data.tokenizer, cfg.inspect) if dist.is_main else 0
+        return inspect_step(loader, data.tokenizer, cfg.inspect) if dist.master_process else 0
     run = make_run(cfg, saved, init[0], data, n_examples, dist)
     return evaluate_only(run) if cfg.eval_only else train_and_report(run, saved)
 

@@ -99,7 +99,7 @@ def worker(path):
         run.loader.reset(0)
         run.fetch_batch()
         found = measure(run)
-        if run.dist.is_main:
+        if run.dist.master_process:
             Path(path).with_suffix(".out").write_text(json.dumps(found))
         return 1  # no closing line about a run that never was
 
