@@ -1,107 +1,248 @@
 """
-FineWeb-Edu, or any text, as token shards: this file makes and checks them, tokens.py reads them.
+Token shards for train_gpt2.py: fetched ready made, or made here from FineWeb-Edu or any text.
 
-    python fineweb.py                              # 10B tokens -> edu_fineweb10B/ beside this file
-    python fineweb.py --max_tokens 200000000       # a first try: two shards
-    python fineweb.py --streaming                  # no copy of the data set on disk
+    python fineweb.py --ready 10                # the quickest: a billion tokens, 2 GB to download
+    python fineweb.py --ready                   # all of the sample, ready made: 20 GB
+    python fineweb.py                           # the same 10B tokens, made here from the texts
+    python fineweb.py --max_tokens 200000000    # two shards of them
+    python fineweb.py --streaming               # no copy of the data set on disk
     python fineweb.py --files 'texts/*.txt' --out mine --shard_size 1000000
-    python fineweb.py --verify                     # sizes and sha256 of what was made
+    python fineweb.py --verify                  # sizes and sha256 of what is there
 
 A shard is a plain 1-D uint16 .npy file of GPT-2 token ids. A document is <|endoftext|> and then its
 ordinary tokens; documents follow each other and run on from one shard into the next. The first
 shard is the validation split: edufineweb_val_000000.npy, edufineweb_train_000001.npy, ...
+Ready made shards are llm.c's .bin files: such tokens behind another header.
 
 manifest.json, beside the shards, says what was asked for and, for each shard, its tokens,
 documents, sha256 and where in the source it begins and ends. Killed at any moment, a rerun goes on
 behind the last shard listed there, and the result is the same bytes.
 """
 
-import collections
-import concurrent.futures
 import contextlib
-import functools
 import glob
 import gzip
-import hashlib
-import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
-import queue
 import signal
 import sys
+import threading
 import time
 import zlib
-from dataclasses import dataclass
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from common import (
-    Parser, RunError, UserError, add_flags, check_ranges, flag, one_line, put_in_place, try_lock,
+from plumbing.errors import RunError, UserError, one_line, run_main, warn
+from plumbing.files import HERE, atomic_write
+from plumbing.flags import Parser, add_flags, check_ranges, flag
+from plumbing.manifest import (
+    complete, entry_of, fault_of, only_writer, open_manifest, promise, settings_in, verify,
 )
-from tokens import (  # noqa: F401  the readers too: trainer and command open shards alike
-    EOT, MANIFEST, MANIFEST_FORMAT, Tokenizer, TokenStream, get_tokenizer, load_manifest,
-    open_shards, open_text, split_of,
-)
+from plumbing.tokens import EOT, TokenStream, get_tokenizer, open_shard, split_of
 
 DATASET, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
-OUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "edu_fineweb10B")
-LOCK, SHUFFLE_COPY = ".lock", ".documents.arrow"
-TEMPORARY = ".tmp"  # ends the name of a file until it is whole
+READY = "kjj0/finewebedu10B-gpt2"  # that sample as tokens
+ALL = sys.maxsize  # --ready without a number
+STREAM_BUFFER = 10_000  # documents that --streaming --shuffle draws from
+
+# -----------------------------------------------------------------------------
+# Flags
+
+
+def cores():
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class Flags:
+    """What is read, what becomes of it, and how. --ready goes without those of the group "make"."""
+
+    ready: int = flag(
+        "ready", None, "fetch the val shard and the first N train shards, 200 MB each, of a data "
+        "set of tokens; without N all. A larger N later fetches what is missing", int, ge=1)
+    dataset: str = flag("both", None, "data set on the Hugging Face hub, or a folder", str,
+                        shown=f"{DATASET}; with --ready {READY}")
+    revision: str = flag("both", None, "its branch, tag or commit", str,
+                         shown="main, as it is when the first shard is made")
+    out: str = flag("both", os.path.join(HERE, "edu_fineweb10B"), "folder of the shards",
+                    shown="edu_fineweb10B beside fineweb.py, where the trainer looks")
+    verify: bool = flag("both", False, "only check the shards in --out: size, sha256", shown="")
+
+    name: str = flag("make", None, "its configuration", str, shown=f"{CONFIG}, 10 billion tokens")
+    split: str = flag("make", "train", "its split")
+    text_column: str = flag("make", "text", "the column that holds the text")
+    streaming: bool = flag(
+        "make", False, "read over the network as it goes: no copy on disk, and the network must "
+        f"last. Else all is downloaded first and kept, about 75 GB for {CONFIG}", shown="")
+    files: list = flag(
+        "make", None, "read these: .parquet, .jsonl, .jsonl.gz (a row is a document), .txt (a file "
+        "is one); paths or globs, in this order. Takes disk for a copy meanwhile", list, shown="")
+    shard_size: int = flag("make", 10**8, "tokens per shard; the first is val", ge=1, le=10**10)
+    max_tokens: int = flag("make", 0, "stop after so many tokens, 0 = all; 200000000 are 0.4 GB, "
+                           "and with --streaming a download of 0.6 GB", ge=0)
+    shuffle: int = flag(
+        "make", None, "seed of a random order of all documents; with --streaming of the files and "
+        f"of a buffer of {STREAM_BUFFER:,} documents, and a rerun reads from the start again", int,
+        ge=0, le=2**32 - 1, shown="as they come")
+    num_proc: int = flag("make", cores(), "worker processes, 200 MB each; a core makes 2 to 4 "
+                         "million tokens/s", ge=1, shown=f"one per core: {cores()}")
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.files and (self.dataset or self.name or self.revision or self.streaming):
+            raise UserError("--files goes without --dataset, --name, --revision and --streaming")
+        for f in fields(self):
+            if self.ready and f.metadata["group"] == "make" and getattr(self, f.name) != f.default:
+                raise UserError(f"--ready goes without --{f.name}: its shards are made already")
+        self.name = self.name or (None if self.dataset else CONFIG)  # it is that of our default
+        self.dataset = self.dataset or (READY if self.ready else DATASET)
+
+
+def parse_args(argv=None):
+    """The flags of the command. Raises UserError."""
+    parser = Parser("Token shards for train_gpt2.py, fetched ready made or made here.\n"
+                    "It can be killed at any moment: the same command goes on.")
+    first, text = parser.add_argument_group("the quickest way"), fields(Flags)[0].metadata["text"]
+    first.add_argument("--ready", nargs="?", type=int, const=ALL, metavar="N", help=text)
+    titles = {"both": "what, and where to", "make": "making shards here, that is without --ready"}
+    add_flags(parser, Flags, titles, leave_out=("ready",))
+    return Flags(**vars(parser.parse_args(argv)))
 
 
 # -----------------------------------------------------------------------------
 # Documents: texts in an order that never changes, given out as jobs for the workers
 
 JOB_TOKENS = 1 << 18  # about what a worker is given at a time: 60 ms of work
-JOB_DOCUMENTS = 1000
-STREAM_BUFFER = 10_000  # documents that --streaming --shuffle draws from
-
-
-class Texts:
-    """Documents that this process reads; `read(k)` iterates over the texts from document k on."""
-
-    def __init__(self, read, total=None, mark=lambda: None):
-        self.read, self.total = read, total
-        self.mark = mark  # gives a note, for the manifest, of how far the source has been read
-
-    def jobs(self, first):
-        """Yields (first document, list of texts, note of where the source was before them)."""
-        texts, chars, mark = [], 0, None
-        for text in self.read(first):
-            texts.append(text)
-            chars += len(text or "")
-            if chars >= 4 * JOB_TOKENS or len(texts) >= JOB_DOCUMENTS:
-                yield first, texts, mark
-                first, texts, chars, mark = first + len(texts), [], 0, self.mark()
-        if texts:
-            yield first, texts, mark
+JOB_DOCUMENTS = 1000  # at most, however short they are
+PATIENCE = 30  # seconds without documents before --streaming says that the network is silent
 
 
 class Table:
-    """
-    Documents of a memory-mapped datasets.Dataset, in its order or in that of `seed`. The workers
-    read them: pages of a map count as resident memory, and this process would end up with all.
-    """
+    """Documents of a memory-mapped datasets.Dataset, in its order or in that of `seed`. The workers
+    read them: pages of a map count as resident memory, and this process would end up with all."""
 
     def __init__(self, dataset, column, seed=None):
         self.dataset, self.column, self.total = dataset, column, len(dataset)
-        self.per_job = 16  # documents, before anything is known of their length
+        fitting = 4 * JOB_TOKENS * self.total // (dataset.data.nbytes or 1)
+        self.per_job = max(1, min(JOB_DOCUMENTS, fitting))
         # RandomState, unlike default_rng, promises the same permutation in every version.
         self.order = None if seed is None else np.random.RandomState(seed).permutation(self.total)
 
     def jobs(self, first):
-        """Yields (first document, (first document, end), None)."""
-        while first < self.total:
-            end = min(first + self.per_job, self.total)
-            yield first, (first, end), None
-            first = end
+        """Yields (first document, its row and those behind it, None)."""
+        for i in range(first, self.total, self.per_job):
+            rows = slice(i, i + self.per_job)
+            yield i, rows if self.order is None else self.order[rows], None
 
-    def texts(self, first, end):
-        rows = slice(first, end) if self.order is None else self.order[first:end]
-        return self.dataset[rows][self.column]
+
+class Stream:
+    """Documents that this process reads over the network as it goes. `note` is what the manifest
+    says about how far an earlier run had read: this one need not begin at the beginning."""
+
+    dataset = None  # that a worker could read
+
+    def __init__(self, data, args, note):
+        self.data, self.name, self.column, self.note = data, args.dataset, args.text_column, note
+        self.total = getattr((data.info.splits or {}).get(args.split), "num_examples", None)
+        self.shuffled = args.shuffle is not None
+        if self.shuffled:
+            self.data = data.shuffle(args.shuffle, buffer_size=STREAM_BUFFER)
+
+    def jobs(self, first):
+        """Yields (first document, list of texts, note of where the source was before them)."""
+        from datasets import __version__ as version
+
+        start = self.note or {"datasets": None}
+        if start["datasets"] != version or start["document"] > first:
+            start = {"document": 0, "at": None}
+        self.data.load_state_dict(start["at"])
+        rows = itertools.islice(self.data, first - start["document"], None)  # those are written
+        texts, note = (row.get(self.column) for row in rows), None
+        while some := self.next_texts(texts):
+            yield first, some, note
+            first += len(some)
+            if not self.shuffled:  # the state of a shuffled stream lacks its buffer
+                note = {"datasets": version, "document": first, "at": self.data.state_dict()}
+
+    def next_texts(self, texts):
+        # `datasets` goes on trying for more than ten minutes, and says nothing meanwhile.
+        silence = (f"no document for {PATIENCE:g} s: the network does not answer, and is tried "
+                   "again and again; Ctrl-C stops, and the finished shards are safe")
+        alarm = threading.Timer(PATIENCE, warn, [silence])
+        alarm.start()
+        try:
+            return take(texts)
+        except Exception as e:
+            raise RunError(f"{self.name} cannot be read on: {one_line(e)}") from e
+        finally:
+            alarm.cancel()
+
+
+def take(texts):
+    """The next texts of an iterator, enough for a job; none at its end."""
+    some, chars = [], 0
+    for text in texts:
+        some.append(text)
+        chars += len(text or "")
+        if chars >= 4 * JOB_TOKENS or len(some) >= JOB_DOCUMENTS:  # a token is about 4 characters
+            break
+    return some
+
+
+# -----------------------------------------------------------------------------
+# Where documents come from: the hub, or --files
+
+
+@contextlib.contextmanager
+def asking_the_hub(dataset):
+    """Says in one line what the hub has against a data set, or what is wrong on the way there."""
+    try:
+        yield
+    except Exception as e:
+        kinds, said = {t.__name__ for t in type(e).__mro__}, one_line(e)
+        absent = kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "EmptyDatasetError",
+                          "RevisionNotFoundError", "DataFilesNotFoundError"}
+        # A ValueError is an unknown configuration or split.
+        if absent or ("ValueError" in kinds and "ArrowException" not in kinds):
+            raise UserError(f"no dataset {dataset} that can be read ({said}); check --dataset, "
+                            "--name, --split and --revision, or log in: hf auth login") from e
+        raise RunError(f"{dataset} cannot be had from the hub: {said}; check the network, and the "
+                       "room on the disk") from e
+
+
+def open_hub(args, note):
+    """--dataset as a source: a Table of the downloaded set, or with --streaming a Stream."""
+    import datasets
+
+    where = {"split": args.split, "revision": args.revision, "streaming": args.streaming}
+    with asking_the_hub(args.dataset):
+        data = datasets.load_dataset(args.dataset, args.name, **where)
+    if data.features:
+        types = {k: getattr(v, "dtype", type(v).__name__) for k, v in data.features.items()}
+        check_column(args.dataset, args.text_column, types)
+        data = data.select_columns([args.text_column])
+    if args.streaming:
+        return Stream(data, args, note)
+    return Table(data, args.text_column, args.shuffle)
+
+
+def open_files(args, path):
+    """--files as a source: a Table of a copy at `path` that can be read at any place. The copy is
+    whole before the first shard is begun, so a damaged file is found before time is spent."""
+    import datasets
+    import pyarrow as pa
+
+    schema = pa.schema([("text", pa.large_string())])
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as copy:
+        for name in args.files:
+            for texts in read_file(name, args.text_column):
+                copy.write_batch(pa.record_batch([texts], schema=schema))
+    return Table(datasets.Dataset.from_file(path), "text", args.shuffle)
 
 
 def expand(patterns):
@@ -118,43 +259,42 @@ def expand(patterns):
     return list(dict.fromkeys(paths))
 
 
-def open_lines(path):
-    return (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8")
-
-
-def documents_in(path):
-    """Number of documents in a file: rows of a .parquet, lines of a .jsonl, 1 for a .txt."""
-    if path.endswith(".txt"):
-        return 1
-    if path.endswith(".parquet"):
-        import pyarrow.parquet as pq
-
-        return pq.read_metadata(path).num_rows
-    with open_lines(path) as f:
-        return sum(not line.isspace() for line in f)
-
-
 def read_file(path, column):
-    """Iterates over the texts of one file."""
-    if path.endswith(".txt"):
-        with open(path, encoding="utf-8") as f:
-            yield f.read()
-    elif path.endswith(".parquet"):
-        import pyarrow.parquet as pq
+    """Iterates over the texts of a file, as pyarrow arrays. Raises UserError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
+    try:
+        if not path.endswith(".parquet"):
+            texts = read_lines(path, column)
+            while some := take(texts):
+                yield pa.array(some, pa.large_string())
+            return
         with pq.ParquetFile(path) as f:
             check_column(path, column, {field.name: str(field.type) for field in f.schema_arrow})
-            for batch in f.iter_batches(batch_size=256, columns=[column]):
-                yield from batch.column(0).to_pylist()
-    else:
-        with open_lines(path) as f:
-            for number, line in enumerate(f, 1):
-                if not line.isspace():
-                    row = json.loads(line) if line.lstrip().startswith("{") else {}
-                    if not isinstance(row.get(column), str):
-                        types = {k: type(v).__name__ for k, v in row.items()}
-                        check_column(f"{path} line {number}", column, types)
-                    yield row[column]
+            for batch in f.iter_batches(batch_size=JOB_DOCUMENTS, columns=[column]):
+                texts = batch.column(0).cast(pa.large_string())
+                texts.validate(full=True)  # is it UTF-8? nobody has looked yet
+                if texts.null_count:
+                    raise UserError(f"column {column} of {path} has rows without a text")
+                yield texts
+    except (OSError, EOFError, ValueError, zlib.error) as e:  # pyarrow's errors are among them
+        raise UserError(f"{path} cannot be read: {one_line(e)}") from e
+
+
+def read_lines(path, column):
+    """Iterates over the texts of a .txt, which is one, or of a .jsonl or .jsonl.gz."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+        if path.endswith(".txt"):
+            yield f.read()
+            return
+        for number, line in enumerate(f, 1):
+            if not line.isspace():
+                row = json.loads(line) if line.lstrip().startswith("{") else {}  # a list, a number
+                types = {k: type(v).__name__ for k, v in row.items()}
+                check_column(f"{path} line {number}", column, types)
+                # Half a surrogate pair, which JSON can hold, is U+FFFD here as it is for tiktoken.
+                yield row[column].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def check_column(where, column, types):
@@ -166,605 +306,255 @@ def check_column(where, column, types):
         raise UserError(f"column {column} of {where} holds {types[column]}, not text")
 
 
-def read_files(paths, column, first=0):
-    """Iterates over the texts of files, from document `first` on. Raises UserError."""
-    for path in paths:
-        try:
-            if first and (n := documents_in(path)) <= first:
-                first -= n
-                continue
-            yield from itertools.islice(read_file(path, column), first, None)
-            first = 0
-        except (OSError, EOFError, ValueError, zlib.error) as e:  # pyarrow's errors are among them
-            raise UserError(f"{path} cannot be read: {one_line(e)}") from e
-
-
-def open_files(args):
-    """--files as a source: Texts, or with --shuffle a Table of a copy that can be read anywhere."""
-    for path in args.files:  # first of all: a wrong column or a damaged file is seen at once
-        next(read_files([path], args.text_column), None)
-    lines = any(".jsonl" in os.path.basename(p) for p in args.files)  # to count them takes long
-    texts = Texts(
-        functools.partial(read_files, args.files, args.text_column),
-        None if lines else sum(documents_in(p) for p in args.files),
-    )
-    if args.shuffle is None:
-        return texts
-    import datasets
-    import pyarrow as pa
-
-    path, schema = os.path.join(args.out, SHUFFLE_COPY), pa.schema([("text", pa.large_string())])
-    with writing(path), pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as copy:
-        for _, some, _ in texts.jobs(0):
-            try:
-                column = pa.array(some, pa.large_string())
-            except UnicodeEncodeError:  # half a surrogate pair: take it for what tiktoken does
-                some = [t and t.encode("utf-16", "surrogatepass") for t in some]
-                some = [t and t.decode("utf-16", "replace") for t in some]
-                column = pa.array(some, pa.large_string())
-            copy.write_batch(pa.record_batch([column], schema=schema))
-    return Table(datasets.Dataset.from_file(path), "text", args.shuffle)
-
-
-def open_hub(args, note):
-    """
-    --dataset as a source: a Table of the downloaded set, or with --streaming Texts. `note` is what
-    the manifest says about how far the stream was read.
-    """
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    where = {"split": args.split, "revision": args.revision, "streaming": args.streaming}
-    try:
-        data = datasets.load_dataset(args.dataset, args.name, **where)
-    except Exception as e:
-        raise hub_error(args.dataset, e) from e
-    if data.features:
-        types = {k: getattr(v, "dtype", type(v).__name__) for k, v in data.features.items()}
-        check_column(args.dataset, args.text_column, types)
-        data = data.select_columns([args.text_column])
-    if not args.streaming:
-        return Table(data, args.text_column, args.shuffle)
-    total = getattr((data.info.splits or {}).get(args.split), "num_examples", None)
-    if args.shuffle is not None:
-        print(f"--streaming shuffles the files and a buffer of {STREAM_BUFFER:,} documents")
-        data = data.shuffle(seed=args.shuffle, buffer_size=STREAM_BUFFER)
-        note = None
-    seen = [0]  # documents read
-
-    def mark():
-        if args.shuffle is None:  # the state of a shuffled stream lacks its buffer
-            return {"datasets": datasets.__version__, "document": seen[0], "at": data.state_dict()}
-
-    return Texts(functools.partial(read_stream, data, args, note, seen), total, mark)
-
-
-def read_stream(data, args, note, seen, first):
-    """Iterates over the texts of a streamed data set from document `first` on. Raises RunError."""
-    import datasets
-
-    near = note and note["datasets"] == datasets.__version__ and note["document"] <= first
-    seen[0] = note["document"] if near else 0
-    data.load_state_dict(note["at"] if near else None)
-    try:
-        for row in data:
-            seen[0] += 1
-            if seen[0] > first:
-                if args.text_column not in row:
-                    check_column(args.dataset, args.text_column, dict.fromkeys(row, "str"))
-                yield row[args.text_column]
-    except UserError:
-        raise
-    except Exception as e:
-        raise RunError(f"{args.dataset} cannot be read on: {one_line(e)}") from e
-
-
-def hub_error(dataset, e):
-    """The error to raise for one of the hub's: the user's, where a name is wrong, or a RunError."""
-    kinds = {t.__name__ for t in type(e).__mro__}
-    if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError",
-                "EmptyDatasetError", "DataFilesNotFoundError", "HFValidationError"}:
-        hint = "check --dataset and --revision, or log in with `hf auth login`"
-        return UserError(f"no dataset {dataset} that can be read ({one_line(e, 120)}); {hint}")
-    if "ValueError" in kinds and "ArrowException" not in kinds:  # an unknown config or split
-        return UserError(f"{dataset}: {one_line(e)}; check --name and --split")
-    return RunError(f"{dataset} cannot be had from the hub: {one_line(e)}; check the network")
-
-
-def resolve_revision(args):
-    """The commit of the dataset, so that a rerun reads what this run reads; None for a folder."""
-    from huggingface_hub import HfApi, constants
-
-    if os.path.isdir(args.dataset) or constants.HF_HUB_OFFLINE:
-        return args.revision
-    try:
-        return HfApi().dataset_info(args.dataset, revision=args.revision, timeout=60).sha
-    except Exception as e:
-        raise hub_error(args.dataset, e) from e
-
-
 # -----------------------------------------------------------------------------
 # Workers: texts in, tokens out, in order
 
-
-class Workers:
-    """
-    Processes that tokenize. A thread of this process waits for each: it sends a job, receives the
-    result, and finds a broken pipe where the worker is dead. (concurrent.futures' own pool of
-    processes can hang there before Python 3.11.6 and 3.12.1.) A worker in turn ends when its pipe
-    breaks, that is with this process, however that ends.
-    """
-
-    def __init__(self, num_proc, encode, source):
-        # Spawned everywhere: a fork would copy locks that threads of pyarrow or of the hub hold.
-        context, self.pipes = multiprocessing.get_context("spawn"), queue.SimpleQueue()
-        table = source if isinstance(source, Table) else None
-        self.threads = concurrent.futures.ThreadPoolExecutor(num_proc)
-        self.processes = []
-        for _ in range(num_proc):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, encode, table), daemon=True)
-            process.start()
-            theirs.close()
-            self.processes.append(process)
-            self.pipes.put(mine)
-
-    def submit(self, job):
-        """Future of tokenize's result for a list of texts, or for (first, end) of the Table."""
-        return self.threads.submit(self._ask, job)
-
-    def _ask(self, job):
-        pipe = self.pipes.get()
-        try:
-            pipe.send(job)
-            result = pipe.recv()
-        except (EOFError, OSError) as e:
-            raise RunError("a worker process died (killed, or out of memory?)") from e
-        finally:
-            self.pipes.put(pipe)
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def close(self):
-        self.threads.shutdown(cancel_futures=True)
-        for _ in self.processes:
-            self.pipes.get().close()
-        for process in self.processes:
-            process.join()
+worker = {}  # in a worker process: how it encodes, and the documents that it reads
 
 
-def work(pipe, encode, table):
-    """What a worker does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    with contextlib.suppress(EOFError, OSError):  # the parent has ended
-        while True:
-            job = pipe.recv()
-            try:
-                result = tokenize(job if isinstance(job, list) else table.texts(*job), encode)
-            except Exception as e:
-                result = e
-            pipe.send(result)
+def start_worker(encode, dataset, column):
+    """What a worker does first."""
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    # A pool tells its workers to go. A parent that is killed cannot: they would wait for ever.
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker.update(encode=encode, dataset=dataset, column=column)
 
 
-def tokenize(texts, encode):
+@contextlib.contextmanager
+def workers(num_proc, encode, source):
+    """A pool of processes that tokenize documents of the source."""
+    # Spawned everywhere: a fork would copy locks that threads of pyarrow or of the hub hold.
+    spawn = multiprocessing.get_context("spawn")
+    begin = encode, source.dataset, source.column
+    pool = ProcessPoolExecutor(num_proc, spawn, start_worker, begin)
+    # Ctrl-C is this process's business. That the others ignore it they inherit: it must hold while
+    # they still import what they need.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for _ in range(num_proc):
+        pool.submit(int)  # starts one more
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield pool
+    except BrokenExecutor as e:
+        raise RunError("a worker process died (killed, or out of memory?)") from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def tokenize(job):
     """Documents as (tokens uint16 (n,), lengths (documents,)); each is EOT and its own tokens."""
+    texts = worker["dataset"][job][worker["column"]] if worker["dataset"] else job
     eot, parts = np.array([EOT], dtype=np.uint16), []
     for text in texts:
         if not isinstance(text, str):
             raise UserError(f"a document is {type(text).__name__}, not text; see --text_column")
-        parts += [eot, encode(text)]
+        parts += [eot, worker["encode"](text)]
     return np.concatenate(parts), np.array([1 + len(p) for p in parts[1::2]])
 
 
-def tokenized(source, workers, ahead, first):
-    """
-    Yields (first document, tokens, lengths, note) for all documents from `first` on, in order,
-    with up to `ahead` jobs given out beyond the one that is waited for. Where the source breaks
-    off, what it gave before comes first and then its error.
-    """
-    pending, broken, jobs = collections.deque(), None, source.jobs(first)
-    try:
-        while True:
-            try:
-                while broken is None and len(pending) <= ahead and (job := next(jobs, None)):
-                    pending.append((job[0], workers.submit(job[1]), job[2]))
-            except (UserError, RunError) as e:
-                broken = e
-            if not pending:
-                break
-            document, result, mark = pending.popleft()
-            tokens, lengths = result.result()
-            per_job = JOB_TOKENS * len(lengths) // len(tokens)
-            source.per_job = max(1, min(JOB_DOCUMENTS, per_job))
-            yield document, tokens, lengths, mark
-        if broken:
-            raise broken
-    finally:
-        jobs.close()
-        for _, result, _ in pending:
-            result.cancel()
+def tokenized(source, pool, ahead, first, bar):
+    """Yields (first document, tokens, lengths, note) for all documents from `first` on, in order,
+    with up to `ahead` jobs given out beyond the one that is waited for."""
+    jobs, pending = source.jobs(first), []
+    while True:
+        for document, job, note in itertools.islice(jobs, ahead + 1 - len(pending)):
+            pending.append((document, pool.submit(tokenize, job), note))
+        if not pending:
+            return
+        document, result, note = pending.pop(0)
+        tokens, lengths = result.result()
+        bar.update(len(lengths))
+        yield document, tokens, lengths, note
 
 
 # -----------------------------------------------------------------------------
-# Writing: shards that are whole or not there
+# Shards
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Says in a RunError what could not be written, and why."""
-    try:
-        yield
-    except OSError as e:
-        raise RunError(f"{path} cannot be written: {e.strerror or e}") from e
+def cut(batches, size, start, left):
+    """Cut tokenized documents, from the position `start` in them on, into shards of `size` tokens
+    and `left` tokens in all. Yields (tokens, what the manifest says about their place, note); the
+    tokens of the next shard will take the place of these.
+
+    A position {"document": d, "token": t} says that token t of document d comes next."""
+    shard = np.empty(min(size, left), dtype=np.uint16)
+    filled = documents = 0
+    skip, end = start["token"], start
+    for first, tokens, lengths, note in batches:
+        edges = np.concatenate([[0], np.cumsum(lengths)])  # where its documents begin and end
+        a, skip = skip, 0
+        while a < len(tokens) and left:
+            b = min(len(tokens), a + len(shard) - filled, a + left)
+            shard[filled : filled + b - a] = tokens[a:b]
+            filled, left = filled + b - a, left - (b - a)
+            documents += int(np.searchsorted(edges, b) - np.searchsorted(edges, a))
+            d = int(np.searchsorted(edges, b, side="right")) - 1  # the document of token b
+            end = {"document": first + d, "token": b - int(edges[d])}
+            a = b
+            if filled == len(shard):
+                yield shard, {"documents": documents, "start": start, "end": end}, note
+                filled, documents, start = 0, 0, end
+        if not left:  # and not when the next documents have come
+            break
+    if filled:  # the last shard of all is a short one
+        yield shard[:filled], {"documents": documents, "start": start, "end": end}, None
 
 
 def shard_name(index):
     return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
 
 
-def npy_header(count):
-    """What np.save writes before `count` uint16 tokens: 128 bytes for any count."""
-    f = io.BytesIO()
-    form = {"descr": "<u2", "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(f, form)
-    return f.getvalue()
-
-
-def hash_file(f, seen=lambda n: None):
-    """sha256 hex of an open file, read in pieces; `seen` is told the bytes of each."""
-    sha256 = hashlib.sha256()
-    while piece := f.read(1 << 20):
-        sha256.update(piece)
-        seen(len(piece))
-    return sha256.hexdigest()
-
-
-class ShardWriter:
-    """A shard on its way to disk, written as the tokens come."""
-
-    def __init__(self, folder, index):
-        self.path = os.path.join(folder, shard_name(index))
-        self.tokens = self.documents = 0
-        with writing(self.path):
-            self._file = open(self.path + TEMPORARY, "w+b")
-            self._file.write(bytes(len(npy_header(0))))  # room for the header
-
-    def add(self, tokens, documents):
-        with writing(self.path):
-            self._file.write(tokens.data)
-        self.tokens += len(tokens)
-        self.documents += documents
-
-    def finish(self, start, end):
-        """The shard is on disk under its name; returns its entry in the manifest."""
-        with writing(self.path):
-            self._file.seek(0)
-            self._file.write(npy_header(self.tokens))
-            self._file.seek(0)
-            entry = {
-                "name": os.path.basename(self.path),
-                "tokens": self.tokens,
-                "documents": self.documents,  # that begin in it
-                "sha256": hash_file(self._file),
-                "start": start,
-                "end": end,
-            }
-            put_in_place(self._file, self.path)
-        return entry
-
-    def discard(self):
-        with contextlib.suppress(OSError):
-            self._file.close()  # may fail to write its last bytes
-        with contextlib.suppress(OSError):
-            os.remove(self.path + TEMPORARY)
-
-
-def pieces(batches, skip, size, left):
-    """
-    Cut tokenized documents into shards of `size` tokens, leaving out the first `skip` tokens and
-    all after `left` tokens. Yields (tokens, how many documents begin in them, position behind them,
-    note). A position {"document", "token"} says that this token of this document comes next.
-    """
-    room = size
-    for first, tokens, lengths, mark in batches:
-        ends = np.cumsum(lengths)
-        begins = ends - lengths
-        a, skip = skip, 0
-        while a < len(tokens):
-            b = min(a + room, a + left, len(tokens))
-            d = int(np.searchsorted(ends, b, side="right"))  # documents that end by b
-            end = {"document": first + d, "token": b - int(begins[d]) if d < len(begins) else 0}
-            yield tokens[a:b], int(np.sum((begins >= a) & (begins < b))), end, mark
-            left -= b - a
-            room = room - (b - a) or size
-            a = b
-            if not left:
-                return
-
-
-def write_shards(batches, folder, size, index, start, left, progress):
-    """
-    Write the shards from number `index` and position `start` on, `left` tokens at most. Yields
-    (manifest entry, note) when a shard is on disk; tells `progress` (tokens, document).
-    """
-    shard = None
-    try:
-        for tokens, documents, end, mark in pieces(batches, start["token"], size, left):
-            shard = shard or ShardWriter(folder, index)
-            shard.add(tokens, documents)
-            progress(len(tokens), end["document"])
-            if shard.tokens == size:
-                yield shard.finish(start, end), mark
-                shard, start, index = None, end, index + 1
-        if shard:
-            yield shard.finish(start, end), None
-            shard = None
-    finally:
-        batches.close()
-        if shard:
-            shard.discard()
-
-
 # -----------------------------------------------------------------------------
-# The manifest, and a run
+# Making shards, and fetching them
 
 
-def save_manifest(folder, manifest):
-    path = os.path.join(folder, MANIFEST)
-    with writing(path), open(path + TEMPORARY, "w", encoding="utf-8") as f:
-        json.dump(manifest, f, indent=1)
-        put_in_place(f, path)
-
-
-def settings_of(args, old):
-    """What decides the bytes of the shards. Without --revision a rerun keeps to that of `old`."""
+def settings_of(args):
+    """What decides the bytes of the shards."""
+    if args.ready:
+        return {"ready": args.dataset, "revision": commit_of(args, "ready")}
     shuffle = None if args.shuffle is None else f"seed {args.shuffle}"
     if shuffle and args.streaming:
         import datasets
 
         shuffle += f", buffer of {STREAM_BUFFER:,}, datasets {datasets.__version__}"
     if args.files:
+        args.files = expand(args.files)
         source = {"files": [[os.path.basename(p), os.path.getsize(p)] for p in args.files]}
     else:
-        known = args.revision is None and old.get("dataset") == args.dataset
-        args.revision = old.get("revision") if known else resolve_revision(args)
+        args.revision = commit_of(args, "dataset")
         source = {k: getattr(args, k) for k in ("dataset", "name", "split", "revision")}
     rest = {k: getattr(args, k) for k in ("text_column", "shard_size", "max_tokens")}
     return {**source, **rest, "shuffle": shuffle, "tokenizer": "gpt2"}
 
 
-def open_manifest(args):
-    """The manifest that a run into --out goes on from. Raises UserError, before time is spent."""
-    manifest = load_manifest(args.out)
-    old = manifest["settings"] if manifest else {}
-    settings = settings_of(args, old)
-    differ = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
-    if manifest is None and any(split_of(n) for n in os.listdir(args.out)):
-        raise UserError(f"{args.out} holds shards made by something else; choose another --out")
-    if manifest is None:
-        empty = {"complete": False, "tokens": 0, "documents": 0, "shards": [], "note": None}
-        return {"format": MANIFEST_FORMAT, "settings": settings, **empty}
-    if differ:
-        what = ", ".join(f"{k} {old.get(k)!r}, not {settings.get(k)!r}" for k in differ)[:500]
-        raise UserError(f"{args.out} was made with {what}; choose another --out, or delete it")
-    return manifest
+def commit_of(args, key):
+    """The commit of --dataset: what --revision stands for now, or without it what the first run
+    into this folder read. `key` is what the settings call the data set."""
+    from huggingface_hub import HfApi, constants
+
+    old = settings_in(args.out)
+    if args.revision is None and old.get(key) == args.dataset:
+        return old["revision"]
+    if os.path.isdir(args.dataset) or constants.HF_HUB_OFFLINE:
+        return args.revision
+    with asking_the_hub(args.dataset):  # main moves, and a rerun is to read what this run reads
+        return HfApi().dataset_info(args.dataset, revision=args.revision, timeout=60).sha
 
 
-@contextlib.contextmanager
-def only_writer(folder):
-    """Holds a lock on the folder that ends with this process, where the system has such locks."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock = open(os.path.join(folder, LOCK), "w")
-    except OSError as e:
-        raise UserError(f"{folder} cannot be written: {e.strerror}; choose another --out") from e
-    with lock:
-        if not try_lock(lock):
-            raise UserError(f"another fineweb.py is writing to {folder}; wait for it")
-        yield
-
-
-def prepare(args, tokenizer=None):
-    """Make the shards that --out does not have yet."""
-    started = time.perf_counter()
-    args.files = expand(args.files) if args.files else None
-    with only_writer(args.out):
-        manifest = open_manifest(args)
-        gone = [i for i, s in enumerate(manifest["shards"]) if not is_whole(args.out, s)]
-        if gone or not manifest["complete"]:
-            tokenizer = tokenizer or get_tokenizer("gpt2", timeout=60)
-            source = open_files(args) if args.files else open_hub(args, manifest["note"])
-            args.writing = True
-            save_manifest(args.out, manifest)
-            workers = Workers(args.num_proc, tokenizer.encode, source)
-            try:
-                make(source, workers, args, manifest, gone)
-            finally:
-                workers.close()
-            with contextlib.suppress(OSError):
-                os.remove(os.path.join(args.out, SHUFFLE_COPY))
-    tokens, shards = manifest["tokens"], manifest["shards"]
-    size, seconds = sum(map(file_size, shards)) / 1e9, time.perf_counter() - started
-    print(f"{args.out}: {tokens:,} tokens of {manifest['documents']:,} documents in {len(shards)} "
-          f"shards, {size:.2f} GB, {seconds:.0f} s")  # fmt: skip
-    if len(shards) == 1:
-        print(f"all of it is the val shard; for train shards, --shard_size well below {tokens:,}")
-
-
-def make(source, workers, args, manifest, gone):
-    """Write again the shards number `gone`, and then all that are not in the manifest yet."""
+def make(args, manifest, tokenizer):
+    """Make the listed shards that are not whole, and then all that are not listed. Yields (manifest
+    entry, note) when a shard is on disk."""
     from tqdm import tqdm
 
-    shards = manifest["shards"]
-    ahead = max(32, 3 * args.num_proc)  # enough to do while a shard is brought to disk
-
-    def write(index, start, left, progress=lambda *_: None):
-        batches = tokenized(source, workers, ahead, start["document"])
-        return write_shards(batches, args.out, args.shard_size, index, start, left, progress)
-
-    for i in gone:
-        for entry, _ in write(i, shards[i]["start"], shards[i]["tokens"]):
-            if entry != shards[i]:
-                raise RunError(f"{entry['name']} came out different: the source is not what it was")
-            print(f"{entry['name']} made again")
+    shards, most = manifest["shards"], args.max_tokens or sys.maxsize
+    todo = [(i, s["start"], s["tokens"]) for i, s in enumerate(shards) if fault_of(args.out, s)]
     start = shards[-1]["end"] if shards else {"document": 0, "token": 0}
-    left = (args.max_tokens or math.inf) - manifest["tokens"]
-    with tqdm(unit=" tokens", unit_scale=True, initial=manifest["tokens"], disable=None) as bar:
-
-        def progress(tokens, document):
-            bar.update(tokens)
-            if source.total and document:  # tokens in all, guessed from the documents so far
-                bar.total = int(min(bar.n * source.total / document, manifest["tokens"] + left))
-
-        rest = () if manifest["complete"] else write(len(shards), start, left, progress)
-        for entry, note in rest:
-            shards.append(entry)
-            left -= entry["tokens"]
-            manifest["tokens"] += entry["tokens"]
-            manifest["documents"] += entry["documents"]
-            manifest["note"] = note or manifest["note"]
-            save_manifest(args.out, manifest)
-            bar.set_postfix_str(f"{len(shards)} shards done")
-            if bar.disable:
-                print(f"{entry['name']}: {entry['tokens']:,} tokens", flush=True)
-    if not shards:
-        raise UserError("there are no documents to read; check --files or --dataset")
-    save_manifest(args.out, {**manifest, "complete": True, "note": None})
-
-
-def file_size(entry):
-    return len(npy_header(0)) + 2 * entry["tokens"]
+    if not manifest["complete"]:
+        todo.append((len(shards), start, most - manifest["tokens"]))
+    if not todo:  # then neither the network nor a vocabulary is needed
+        return
+    tokenizer = tokenizer or get_tokenizer("gpt2", timeout=60)
+    copy = os.path.join(args.out, ".documents.arrow")
+    ahead = max(32, 3 * args.num_proc)  # enough to do while a shard is brought to disk
+    try:
+        source = open_files(args, copy) if args.files else open_hub(args, manifest["note"])
+        total = None if args.max_tokens else source.total  # how many fill them is not known
+        bar = tqdm(total=total, initial=start["document"], unit=" documents", disable=None)
+        with workers(args.num_proc, tokenizer.encode, source) as pool, bar:
+            for index, start, left in todo:
+                batches = tokenized(source, pool, ahead, start["document"], bar)
+                for tokens, place, note in cut(batches, args.shard_size, start, left):
+                    path = os.path.join(args.out, shard_name(index))
+                    with atomic_write(path) as f:
+                        np.save(f, tokens)
+                    yield {**entry_of(path), **place}, note
+                    index += 1
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(copy)
 
 
-def is_whole(folder, entry):
-    """Whether the shard of a manifest entry is there with its size."""
-    path = os.path.join(folder, entry["name"])
-    return os.path.isfile(path) and os.path.getsize(path) == file_size(entry)
+def fetch(args, manifest):
+    """Download what --ready asks for and is not there; yields (manifest entry, None)."""
+    from huggingface_hub import HfApi
+
+    commit = manifest["settings"]["revision"]
+    with asking_the_hub(args.dataset):
+        info = HfApi().dataset_info(args.dataset, revision=commit, files_metadata=True, timeout=60)
+    files = {file.rfilename: file for file in info.siblings}
+    bins = sorted(name for name in files if name.endswith(".bin") and "/" not in name)
+    val, train = ([name for name in bins if split_of(name) == s] for s in ("val", "train"))
+    number = len(train) if args.ready == ALL else args.ready
+    if number > len(train) or not val or not train:
+        raise UserError(f"{args.dataset} has {len(val)} val and {len(train)} train shards (.bin), "
+                        "too few; check --ready and --dataset")
+    faults = {entry["name"]: fault_of(args.out, entry) for entry in manifest["shards"]}
+    wanted = dict.fromkeys([*val, *train[:number], *faults])  # and what was wanted earlier
+    missing = [files[name] for name in wanted if faults.get(name, "not listed")]
+    if missing:
+        size = sum(file.size for file in missing) / 1e9
+        print(f"{len(missing)} shards of {args.dataset} to fetch, {size:.1f} GB, to {args.out}")
+    manifest["complete"] = False
+    for file in missing:
+        yield fetch_shard(args, file, commit), None
 
 
-def verify(folder):
-    """Compare sizes and hashes of all shards with the manifest, and name each bad one."""
-    from tqdm import tqdm
+def fetch_shard(args, file, commit):
+    """The shard is on disk under its name, and good; returns its manifest entry."""
+    from huggingface_hub import hf_hub_download
 
-    manifest = load_manifest(folder)
-    if manifest is None:
-        raise UserError(f"no {MANIFEST} in {folder}: nothing to compare with; was it made here?")
-    shards = {s["name"]: s for s in manifest["shards"]}
-    bad = {n: "not in the manifest" for n in os.listdir(folder) if split_of(n) and n not in shards}
-    total = sum(map(file_size, shards.values()))
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for name, entry in shards.items():
-            path = os.path.join(folder, name)
-            if not is_whole(folder, entry):
-                bad[name] = "of a wrong size" if os.path.isfile(path) else "missing"
-                continue
-            with open(path, "rb") as f:
-                if hash_file(f, bar.update) != entry["sha256"]:
-                    bad[name] = "of a wrong sha256"
-    for name, fault in sorted(bad.items()):
-        print(f"{os.path.join(folder, name)} is {fault}", file=sys.stderr)
-    if bad:
-        raise UserError(
-            f"{len(bad)} bad shards in {folder}; delete them and give the command that made them "
-            "again: it makes only what is missing"
-        )
-    state = "" if manifest["complete"] else "; not finished: the command that made them goes on"
-    print(f"{folder}: {len(shards)} shards, {manifest['tokens']:,} tokens, all good{state}")
+    name, path = file.rfilename, os.path.join(args.out, file.rfilename)
+    with asking_the_hub(args.dataset):
+        # What has this name and is not in the manifest may be anything: it is fetched again.
+        hf_hub_download(args.dataset, name, repo_type="dataset", revision=commit,
+                        local_dir=args.out, force_download=os.path.exists(path))
+    entry = entry_of(path)
+    if file.lfs and file.lfs.sha256 != entry["sha256"]:
+        raise RunError(f"{path} was damaged on its way (its sha256 is not the hub's)")
+    last = (0, entry["tokens"] - 1)  # up to there, all that begin in the shard
+    documents = TokenStream([open_shard(path)]).documents_before([last])[last]
+    return {**entry, "documents": documents}
 
 
 # -----------------------------------------------------------------------------
 # The command
 
+
+def run(args, tokenizer=None):
+    """Make, fetch or verify shards."""
+    if args.verify:
+        return verify(args.out)
+    started = time.perf_counter()
+    with only_writer(args.out, ".bin" if args.ready else ".npy"):
+        manifest = open_manifest(args.out, settings_of(args))
+        made = fetch(args, manifest) if args.ready else make(args, manifest, tokenizer)
+        with promise(args.out), contextlib.closing(made):
+            complete(args.out, manifest, made)
+    tokens, shards = manifest["tokens"], manifest["shards"]
+    print(f"{args.out}: {tokens:,} tokens of {manifest['documents']:,} documents in {len(shards)} "
+          f"shards, {2 * tokens / 1e9:.2f} GB, {time.perf_counter() - started:.0f} s")
+    if len(shards) == 1:
+        print(f"all of it is the val shard; for train shards, --shard_size well below {tokens:,}")
+
+
 HUB_DEFAULTS = {  # what makes long downloads last; the environment goes before it
-    "HF_HUB_ENABLE_HF_TRANSFER": "0",
-    "HF_HUB_DISABLE_XET": "1",
-    "HF_HUB_DOWNLOAD_TIMEOUT": "300",
-    "HF_HUB_ETAG_TIMEOUT": "60",
+    "HF_HUB_ENABLE_HF_TRANSFER": "0", "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DOWNLOAD_TIMEOUT": "300", "HF_HUB_ETAG_TIMEOUT": "60",
 }
-FLAG_GROUPS = {"dataset": "what to read", "out": "what to write", "num_proc": "how"}
-
-
-def cores():
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@dataclass
-class Flags:
-    """What is read, what becomes of it, and how."""
-
-    dataset: str = flag(None, "data set on the Hugging Face hub, or a folder", str, shown=DATASET)
-    name: str = flag(None, "its configuration", str, shown=f"{CONFIG}, 10 billion tokens")
-    split: str = flag("train", "its split")
-    revision: str = flag(None, "its branch, tag or commit", str,
-                         shown="main, as it is when the first shard is made")
-    text_column: str = flag("text", "the column that holds the text")
-    streaming: bool = flag(
-        False, "read over the network as it goes: no copy on disk, and the network must last. "
-        f"Without it `datasets` downloads all first and keeps it, about 75 GB for {CONFIG}",
-        shown="")
-    files: list = flag(
-        None, "read these instead: local .parquet, .jsonl, .jsonl.gz (a row is a document) or .txt "
-        "(a file is one); paths or globs, in this order", list, shown="")
-
-    out: str = flag(OUT, "folder of the shards; takes 2 bytes a token",
-                    shown="edu_fineweb10B beside fineweb.py")
-    shard_size: int = flag(10**8, "tokens per shard; the first shard is val", ge=1,
-                           shown="100000000, 200 MB each")
-    max_tokens: int = flag(
-        0, "stop after so many tokens, 0 = all; 200000000 is a first try: 0.4 GB, a minute or two, "
-        "and with --streaming a download of 0.6 GB", ge=0)
-    shuffle: int = flag(
-        None, "seed of a random order of all documents. With --files takes disk for a copy of the "
-        "texts meanwhile, else slow random reads on a hard disk; with --streaming it is the files "
-        f"and a buffer of {STREAM_BUFFER:,} documents that is shuffled, and a rerun reads from the "
-        "start again", int, ge=0, le=2**32 - 1, shown="as they come")
-
-    num_proc: int = flag(
-        cores(), "worker processes, 100 to 200 MB each; a core makes 2 to 4 million tokens/s, so "
-        "10 billion take about a core-hour", ge=1, shown=f"one per core: {cores()}")
-    verify: bool = flag(False, "only check the shards in --out: sizes and sha256, a minute for 20 "
-                        "GB", shown="")
-
-    def __post_init__(self):
-        check_ranges(self)
-        if self.files and (self.dataset or self.name or self.revision or self.streaming):
-            raise UserError("--files goes without --dataset, --name, --revision and --streaming")
-        self.name = self.name or (None if self.dataset else CONFIG)
-        self.dataset = self.dataset or DATASET
-
-
-def parse_args(argv=None):
-    """The flags of the command. Raises UserError."""
-    parser = Parser("FineWeb-Edu, another data set or your own files as token shards for "
-                    "train_gpt2.py.\nIt can be killed at any moment: the same command goes on.")
-    add_flags(parser, Flags, FLAG_GROUPS)
-    return Flags(**vars(parser.parse_args(argv)))
+NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 def main(argv=None, tokenizer=None):
-    """The command; returns its exit status."""
-    args = None
-    for name, value in HUB_DEFAULTS.items():
+    """The command; ends the process with its status."""
+    for name, value in (HUB_DEFAULTS if sys.stderr.isatty() else HUB_DEFAULTS | NO_BARS).items():
         os.environ.setdefault(name, value)
-    try:
-        args = parse_args(argv)
-        verify(args.out) if args.verify else prepare(args, tokenizer)
-        return 0
-    except UserError as e:
-        status, why = 2, str(e)
-    except KeyboardInterrupt:
-        status, why = 130, "stopped"
-    except (RunError, OSError) as e:
-        status, why = 1, str(e)
-    if getattr(args, "writing", False):  # not before a shard can have been finished
-        n = len((load_manifest(args.out) or {"shards": []})["shards"])
-        why += f"; the {n} finished shards in {args.out} are safe, and the same command goes on"
-    print(f"fineweb.py: error: {why}", file=sys.stderr)
-    return status
+    run_main("fineweb.py", lambda: run(parse_args(argv), tokenizer))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

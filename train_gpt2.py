@@ -10,19 +10,18 @@ counts completed updates everywhere, and the batch of a step is a function of th
 run can be stopped, resumed, moved to another number of processes or inspected, and nothing but the
 step has to be remembered to know which tokens come next.
 
-Read it from the top: flags, model, optimizer and schedule, data, evaluation, one training step,
-setting up, the loop. Beside it: tokens.py (tokenizer, shards), loss.py, checkpoint.py, machine.py
-(processes, device), common.py (errors, flags, files), hellaswag.py, plot.py.
+Read it from the top: flags, model, loss, optimizers and schedule, data, evaluation, one step, the
+loop, main. What you need not read to learn how GPT-2 is trained (files, flags, processes) is in
+plumbing/. The sequel, a later model for the same trainer, is modern.py.
 """
 
 import contextlib
 import glob
 import math
 import os
-import platform
+import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -30,22 +29,16 @@ import torch.distributed
 import torch.nn as nn
 from torch.nn import functional as F
 
-from checkpoint import (
-    check_resume, describe_data, export_hf, load_for_resume, read_checkpoint, save_checkpoint,
-    swap_conv1d,
+import hellaswag
+from plumbing import checkpoint, machine, tokens
+from plumbing.checks import (
+    check_batch, check_memory, check_steps, encode_prompt, needs_data, open_tokens, what_next,
 )
-from common import (
-    HERE, AgreedError, Clock, Parser, Reporter, RunError, UserError, add_flags, check_ranges, flag,
-    is_due, one_line, open_log_dir, open_reporter, optional_import, run_main, say, versions, warn,
-)
-from loss import head_cross_entropy
-from machine import (
-    Dist, StopFlag, best_dtype, can_compile, fits_gpu, load_optimizer, make_optimizer,
-    measure_matmul, optimizer_state, processes,
-)
-from tokens import (
-    MANIFEST, Data, encode_prompt, inspect_step, open_data, open_hellaswag, scan_vocabulary,
-)
+from plumbing.errors import RunError, UserError, one_line, optional_import, run_main, say, warn
+from plumbing.files import HERE
+from plumbing.flags import Parser, add_flags, check_ranges, flag, settle
+from plumbing.machine import Stopped, StopFlag
+from plumbing.reporter import Reporter, describe_run
 
 SHARDS = os.path.join(HERE, "edu_fineweb10B")
 
@@ -59,78 +52,101 @@ GPT2_SIZES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
 MAX_LR = dict(zip(GPT2_SIZES, (6e-4, 3e-4, 2.5e-4, 2e-4), strict=True))  # GPT-3 paper, table 2.1
-PRESETS = {name: size | dict(max_lr=MAX_LR[name]) for name, size in GPT2_SIZES.items()} | {
-    "smoke": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, T=128, total_batch_size=512,
-                  max_lr=2e-3, warmup_steps=10, max_steps=100, eval_every=25, val_tokens=4096,
-                  data=os.path.join(HERE, "input.txt")),
+# Small enough for any laptop, and its text comes with the project.
+SMOKE = dict(n_layer=4, n_head=4, n_embd=128, block_size=256, T=128, total_batch_size=512,
+             max_lr=2e-3, warmup_steps=10, max_steps=100, eval_every=25, val_tokens=4096,
+             data=os.path.join(HERE, "input.txt"))
+PRESETS = {name: size | dict(max_lr=MAX_LR[name]) for name, size in GPT2_SIZES.items()}
+PRESETS["smoke"] = SMOKE
+
+# The group of a flag is its rule on a resume.
+FLAG_GROUPS = {
+    "common": "the dozen that most people need; the [group] says what a resume does with it",
+    "model": "model: the mathematics of the run, which a resume keeps",
+    "data order": "data order: kept by a resume too",
+    "optimization": "optimization: kept by a resume too",
+    "machine": "machine: may change on a resume",
+    "evaluation": "evaluation: may change on a resume",
+    "files": "files: may change on a resume",
+    "command": "command: of this call alone, never remembered",
 }
-FLAG_GROUPS = dict(preset="model", data="data", max_lr="optimization", device="machine",
-                   eval_every="evaluation", log_dir="run")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Every setting of a run. None, 0 or auto: decided at start-up, as the text says."""
 
-    preset: str = flag("auto", "sizes and max_lr; auto = gpt2 where there are a GPU and shards, "
-                       "smoke on a CPU", choices=("auto", *PRESETS))
-    n_layer: int = flag(12, "transformer blocks", ge=1)
-    n_head: int = flag(12, "attention heads; divides n_embd", ge=1)
-    n_embd: int = flag(768, "width of the residual stream", ge=1)
-    block_size: int = flag(1024, "longest context in tokens", ge=1)
-    vocab_size: int = flag(50304, "rows of the embedding, 50257 and padding", ge=1)
-    pos: str = flag("learned", "position encoding", choices=("learned", "rope"))
-    mlp: str = flag("gelu", "feed-forward layer", choices=("gelu", "swiglu"))
-    norm: str = flag("layernorm", "normalization", choices=("layernorm", "rmsnorm"))
-    init: str = flag("scratch", "gpt2, gpt2-medium, gpt2-large or gpt2-xl from Hugging Face, or a "
-                     "checkpoint's path: its weights and shape only")
-
-    data: str = flag("", "folder of shards, or a text file",
+    preset: str = flag("command", "auto", "sizes and learning rate; auto = gpt2 where there are a "
+                       "GPU and shards, smoke on a CPU", choices=("auto", *PRESETS), common=True)
+    data: str = flag("files", "", "folder of shards, or a text file", common=True,
                      shown="edu_fineweb10B beside this script; smoke: input.txt")
-    shuffle: str = flag("none", "order of the windows: as they come, or a new permutation each "
-                        "epoch", choices=("none", "windows"))
-    B: int = flag(0, "rows per micro-step and process; 0 = on CUDA the largest power of two up to "
-                  "64 that fits, on a CPU up to 4", ge=0)
-    T: int = flag(1024, "tokens per row, at most block_size", ge=1)
-    total_batch_size: int = flag(524288, "tokens per step over all processes", ge=1)
+    init: str = flag("command", "scratch", "gpt2, gpt2-medium, gpt2-large or gpt2-xl from Hugging "
+                     "Face, or a checkpoint's path: its weights and shape only", common=True)
+    B: int = flag("machine", 0, "rows per micro-step and process; 0 = on CUDA the largest power of "
+                  "two up to 64 that fits, on a CPU up to 4", ge=0, common=True)
+    max_steps: int = flag("optimization", 19073, "steps of the run", ge=1, common=True)
+    max_lr: float = flag("optimization", 6e-4, "peak learning rate", gt=0, common=True)
+    device: str = flag("command", "auto", "cuda, cuda:1, mps or cpu", common=True)
+    log_dir: str = flag("command", "log", "folder of the run's files", common=True)
+    resume: bool = flag("command", False, "go on from the newest good checkpoint in log_dir, or "
+                        "start", common=True)
+    eval_only: bool = flag("command", False, "evaluate and sample what --init or --resume loads, "
+                           "then stop", common=True)
+    prompt: str = flag("evaluation", "Hello, I'm a language model,", "text to continue, - = read "
+                       "stdin", common=True)
+    sample_length: int = flag("evaluation", 32, "tokens per sample, with the prompt", ge=1,
+                              common=True)
 
-    max_lr: float = flag(6e-4, "peak learning rate", gt=0)
-    min_lr: float = flag(None, "final learning rate", float, ge=0, shown="max_lr / 10")
-    warmup_steps: int = flag(715, "steps of linear warm-up", ge=0)
-    max_steps: int = flag(19073, "steps of the run", ge=1)
-    weight_decay: float = flag(0.1, "of matrices and embeddings", ge=0)
-    grad_clip: float = flag(1.0, "largest gradient norm, 0 = no limit", ge=0)
-    optimizer: str = flag("adamw", "muon: Muon for the matrices in the blocks, AdamW for the rest",
-                          choices=("adamw", "muon"))
-    seed: int = flag(1337, "of the initial weights and of --shuffle", ge=0)
+    n_layer: int = flag("model", 12, "transformer blocks", ge=1)
+    n_head: int = flag("model", 12, "attention heads; divides n_embd", ge=1)
+    n_embd: int = flag("model", 768, "width of the residual stream", ge=1)
+    block_size: int = flag("model", 1024, "longest context in tokens", ge=1)
+    vocab_size: int = flag("model", 50304, "rows of the embedding, 50257 and padding", ge=1)
+    pos: str = flag("model", "learned", "position encoding", choices=("learned", "rope"))
+    mlp: str = flag("model", "gelu", "feed-forward layer", choices=("gelu", "swiglu"))
+    norm: str = flag("model", "layernorm", "normalization", choices=("layernorm", "rmsnorm"))
 
-    device: str = flag("auto", "cuda, cuda:1, mps or cpu")
-    dtype: str = flag("auto", "of autocast; auto = bfloat16 where CUDA has it, float16 on older "
-                      "cards, else float32", choices=("auto", "bfloat16", "float16", "float32"))
-    compile: bool = flag(None, "torch.compile the training step", bool, shown="on for CUDA")
-    zero: bool = flag(False, "shard the optimizer state over the processes")
+    T: int = flag("data order", 1024, "tokens per row, at most block_size", ge=1)
+    total_batch_size: int = flag("data order", 524288, "tokens per step over all processes", ge=1)
+    shuffle: str = flag("data order", "none", "order of the windows: as they come, or a new "
+                        "permutation each epoch", choices=("none", "windows"))
+    seed: int = flag("data order", 1337, "of the initial weights and of --shuffle", ge=0)
 
-    eval_every: int = flag(250, "steps between evaluations; also at step 0 and at the end", ge=1)
-    val_tokens: int = flag(None, "tokens per validation", int, ge=1,
+    min_lr: float = flag("optimization", None, "final learning rate", float, ge=0,
+                         shown="max_lr / 10")
+    warmup_steps: int = flag("optimization", 715, "steps of linear warm-up", ge=0)
+    weight_decay: float = flag("optimization", 0.1, "of matrices and embeddings", ge=0)
+    grad_clip: float = flag("optimization", 1.0, "largest gradient norm, 0 = no limit", ge=0)
+    optimizer: str = flag("optimization", "adamw", "muon: Muon for the matrices in the blocks, "
+                          "AdamW for the rest", choices=("adamw", "muon"))
+    dtype: str = flag("optimization", "auto", "of autocast; auto = bfloat16 where CUDA has it, "
+                      "float16 on older cards, else float32",
+                      choices=("auto", "bfloat16", "float16", "float32"))
+
+    compile: bool = flag("machine", None, "torch.compile the training step", bool,
+                         shown="on for CUDA")
+    zero: bool = flag("machine", False, "shard the optimizer state over the processes")
+
+    eval_every: int = flag("evaluation", 250, "steps between evaluations; also at step 0 and at "
+                           "the end", ge=1)
+    val_tokens: int = flag("evaluation", None, "tokens per validation, 0 = off", int, ge=0,
                            shown="10485760, on a CPU 65536")
-    hellaswag: int = flag(None, "HellaSwag examples per evaluation, 0 = off", int, ge=0,
-                          shown="10042, on a CPU 0")
-    prompt: str = flag("Hello, I'm a language model,", "text to continue, - = read stdin")
-    num_samples: int = flag(4, "samples per evaluation, 0 = off", ge=0)
-    sample_length: int = flag(32, "tokens per sample, with the prompt", ge=1)
-    top_k: int = flag(50, "sample among the k likeliest tokens, 0 = all", ge=0)
-    temperature: float = flag(1.0, "of sampling, 0 = greedy", ge=0)
+    hellaswag: int = flag("evaluation", None, "HellaSwag examples per evaluation, 0 = off", int,
+                          ge=0, shown="10042, on a CPU 0")
+    num_samples: int = flag("evaluation", 4, "samples per evaluation, 0 = off", ge=0, le=10**4)
+    top_k: int = flag("evaluation", 50, "sample among the k likeliest tokens, 0 = all", ge=0)
+    temperature: float = flag("evaluation", 1.0, "of sampling, 0 = greedy", ge=0)
 
-    log_dir: str = flag("log", "folder of the run's files")
-    save_every: int = flag(1000, "steps between writes of last.pt, 0 = at the end only", ge=0)
-    checkpoint_every: int = flag(5000, "steps between kept model_{step:05d}.pt, 0 = at the end "
-                                 "only", ge=0)
-    resume: bool = flag(False, "go on from the newest good checkpoint in log_dir, or start")
-    eval_only: bool = flag(False, "evaluate and sample what --init or --resume loads, then stop")
-    export_hf: str = flag("", "write the weights to this folder for Hugging Face, then stop")
-    inspect: int = flag(None, "print what this step reads and its text, then stop", int, ge=0,
-                        le=10**9, shown="")
-    wandb: str = flag("", "also log to this project of Weights & Biases", empty=True)
+    save_every: int = flag("files", 1000, "steps between writes of last.pt, 0 = at the end only",
+                           ge=0)
+    checkpoint_every: int = flag("files", 5000, "steps between kept model_{step:05d}.pt, 0 = at "
+                                 "the end only", ge=0)
+    wandb: str = flag("files", "", "also log to this project of Weights & Biases", empty=True)
+
+    export_hf: str = flag("command", "", "write the weights to this folder for Hugging Face, then "
+                          "stop")
+    inspect: int = flag("command", None, "print what this step reads and its text, then stop", int,
+                        ge=0, le=10**9, shown="")
 
     def __post_init__(self):
         check_ranges(self)
@@ -147,24 +163,18 @@ class TrainConfig:
                             "raise block_size")
 
 
-# What belongs to a command, not to a run: never taken from a checkpoint.
-PER_COMMAND = {"preset", "init", "device", "log_dir", "resume", "eval_only", "export_hf", "inspect"}
-# What a resume may change. Everything else is the mathematics of the run.
-ELASTIC = PER_COMMAND | {"data", "B", "compile", "zero", "eval_every", "val_tokens", "hellaswag",
-                         "prompt", "num_samples", "sample_length", "top_k", "temperature",
-                         "save_every", "checkpoint_every", "wandb"}
-
-
-def parse_flags(argv=None):
+def parse_flags(argv, model_class):
     """The flags that were typed, as a dict; the rest is left to a checkpoint or a preset."""
-    parser = Parser(__doc__.strip().split("\n\nIn the")[0])
-    add_flags(parser, TrainConfig, FLAG_GROUPS)
+    about = (sys.modules[model_class.__module__].__doc__ or "").strip()  # python -OO has none
+    parser = Parser("\n\n".join(about.split("\n\n")[:2]))
+    add_flags(parser, TrainConfig, FLAG_GROUPS, defaults=model_class.presets["gpt2"],
+              leave_out=model_class.not_flags)
     return vars(parser.parse_args(argv))
 
 
 def choose_preset(given, device_type, world_size):
     """(preset, why) where --preset is auto. Several processes are no smoke run by accident."""
-    shards = bool(glob.glob(os.path.join(SHARDS, "*train*")))
+    shards = bool(glob.glob(os.path.join(glob.escape(SHARDS), "*train*")))
     if device_type != "cpu":
         if shards or "data" in given or "resume" in given or world_size > 1:
             return "gpt2", f"there is an accelerator, {device_type}"
@@ -173,12 +183,15 @@ def choose_preset(given, device_type, world_size):
         raise UserError(f"{world_size} processes on a CPU: say --preset gpt2 or --preset smoke")
     return "smoke", "there is no GPU"
 
+
 # -----------------------------------------------------------------------------
 # The model: GPT-2 (Radford et al. 2019), and three later variations behind flags
 
 
 @dataclass
 class GPTConfig:
+    """The shape of a model."""
+
     block_size: int = 1024  # longest context
     vocab_size: int = 50257  # 50,000 BPE merges + 256 bytes + <|endoftext|>
     n_layer: int = 12
@@ -189,17 +202,48 @@ class GPTConfig:
     norm: str = "layernorm"
 
 
+# Training uses 50304 rows for those 50257 tokens: 393 * 128, which the GPU's tiles divide without a
+# remainder. No token ever points at the 47 rows more, and the model learns to leave them alone.
+
+
 def make_norm(config):
+    """What each token's state goes through before a layer: its size is brought to one."""
     return (nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm)(config.n_embd, eps=1e-5)
 
 
 def rotate(x, cos, sin):
-    """RoPE (Su et al. 2021, arXiv 2104.09864): turn the pairs (i, i + hs/2) of x (B, nh, T, hs)."""
+    """RoPE (Su et al. 2021, arXiv 2104.09864): turn the pairs (i, i + hs/2) of x (B, T, nh, hs)."""
+    # Each pair turns by an angle that grows with the position, so the product of a query and a key
+    # depends on how far apart they are, and not on where.
     x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    # each half is cast before they are joined: half the bytes go through memory
+    return torch.cat([(x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype)], dim=-1)
+
+
+def attend(layer, q, k, v, mask=None, cache=None, scale=None):
+    """Attention of q to k and v, each (B, T, nh, hs) -> (B, T, nh * hs).
+
+    mask (B, 1, T, T), bool: True = may attend; without one it is causal. `cache`, a dict, keeps the
+    keys and values of this `layer` between calls, so that a new token costs one token's work.
+    """
+    B, T, n_head, hs = q.size()
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, nh, T, hs): every head by itself
+    if cache is not None:
+        end = cache["length"] + T
+        if layer not in cache:
+            cache[layer] = q.new_empty(2, B, n_head, cache["size"], hs)
+        cache[layer][:, :, :, end - T:end] = torch.stack((k, v))
+        k, v = cache[layer][:, :, :, :end]
+    causal = mask is None and T == k.size(2)  # a single new token may see all of the cache
+    # Where the device has flash attention it is this call: the T x T weights are never all there.
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return y.transpose(1, 2).contiguous().view(B, T, n_head * hs)  # the heads side by side again
 
 
 class CausalSelfAttention(nn.Module):
+    """Where tokens talk to each other. Each asks (query), says what it has to offer (key), and gets
+    from the tokens before it what they tell (value), as much of each as its key fits the query."""
+
     def __init__(self, config):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values at once
@@ -208,21 +252,12 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
 
     def forward(self, x, rope=None, mask=None, cache=None):
-        """x (B, T, C) -> (B, T, C). `cache`, a dict, remembers keys and values between calls."""
         B, T, C = x.size()
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head)
                    for t in self.c_attn(x).split(C, dim=2))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            end = cache["length"] + T
-            if self not in cache:
-                cache[self] = q.new_empty(2, *q.shape[:2], cache["size"], q.size(3))
-            cache[self][:, :, :, end - T:end] = torch.stack((k, v))
-            k, v = cache[self][:, :, :, :end]
-        causal = mask is None and T == k.size(2)  # a single new token may see all of the cache
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+        return self.c_proj(attend(self, q, k, v, mask, cache))
 
 
 class MLP(nn.Module):
@@ -232,6 +267,7 @@ class MLP(nn.Module):
         super().__init__()
         C = config.n_embd
         self.gated = config.mlp == "swiglu"
+        # two of its three matrices are in c_fc; 8/3 C wide they are as large as the two of 4 C
         hidden = 256 * math.ceil(8 * C / 3 / 256) if self.gated else 4 * C
         self.c_fc = nn.Linear(C, 2 * hidden if self.gated else hidden)  # gate and value at once
         self.c_proj = nn.Linear(hidden, C)
@@ -242,10 +278,13 @@ class MLP(nn.Module):
         if self.gated:
             gate, x = x.chunk(2, dim=-1)
             return self.c_proj(F.silu(gate) * x)
+        # the tanh form, as GPT-2 was trained with it, when the exact one was slow
         return self.c_proj(F.gelu(x, approximate="tanh"))
 
 
 class Block(nn.Module):
+    """Tokens talk to each other in attn, each thinks for itself in mlp; both add to the stream."""
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = make_norm(config)
@@ -259,6 +298,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """Decoder-only transformer. Another architecture is another class with these attributes, and
+    goes into main(model_class=...): see modern.py."""
+
+    arch = "gpt2"  # what its checkpoints say they hold
+    presets = PRESETS  # {name: flags}; "gpt2" has the defaults
+    not_flags = ()  # fields of TrainConfig that mean nothing to it
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -268,50 +314,72 @@ class GPT(nn.Module):
         self.transformer.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.transformer.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # weight tying: one tensor, two uses
+        # Weight tying: tokens of similar meaning should be close where they come in and about
+        # equally likely where they go out, so one matrix serves both ends, and a third of the
+        # parameters is saved.
+        self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             std = 0.02
             if getattr(module, "is_residual_projection", False):
-                std *= (2 * self.config.n_layer) ** -0.5  # two additions to the stream per block
+                # Each block adds to the stream twice. 2L independent numbers of one size add up to
+                # sqrt(2L) times that size: starting smaller keeps the stream's size at any depth.
+                std *= (2 * self.config.n_layer) ** -0.5
             torch.nn.init.normal_(module.weight, mean=0.0, std=std)
             if getattr(module, "bias", None) is not None:
                 torch.nn.init.zeros_(module.bias)
 
     def hidden(self, idx, pos=None, mask=None, cache=None):
-        """Token ids (B, T) -> the states that lm_head reads, (B, T, C).
+        """Token ids (B, T) -> the states that the head reads, (B, T, C).
 
         pos (B, T): positions, where they are not 0..T-1. mask (B, 1, T, T), bool: True = may
         attend, where that is not causal. cache: {"length": 0, "size": tokens to make room for},
         filled and used while generating.
         """
-        T, past = idx.size(1), cache["length"] if cache else 0
-        assert pos is not None or past + T <= self.config.block_size, (
-            f"{past + T} tokens, but block_size is {self.config.block_size}")
-        if pos is None:
-            pos = torch.arange(past, past + T, device=idx.device)
-        x, rope = self.transformer.wte(idx), None
-        if self.config.pos == "learned":
-            x = x + self.transformer.wpe(pos)
-        else:
-            half = self.config.n_embd // self.config.n_head // 2
-            freqs = 10000.0 ** (-torch.arange(half, device=idx.device) / half)
-            angles = (pos[..., None] * freqs).view(-1, 1, T, half)  # (B or 1, 1, T, hs/2)
-            rope = angles.cos(), angles.sin()
+        pos = self.positions(idx, cache) if pos is None else pos
+        x, rope = self.embed(idx, pos), self.rope(pos)
         for block in self.transformer.h:
             x = block(x, rope, mask, cache)
         if cache is not None:
-            cache["length"] = past + T
+            cache["length"] += idx.size(1)
         return self.transformer.ln_f(x)
+
+    def embed(self, idx, pos):
+        """Token ids (B, T) at positions (T,) or (B, T) -> the first states, (B, T, C)."""
+        x = self.transformer.wte(idx)
+        return x + self.transformer.wpe(pos) if self.config.pos == "learned" else x
+
+    def rope(self, pos):
+        """cos and sin of RoPE's angles at positions (T,) or (B, T): (B or 1, T, 1, hs/2) each."""
+        if self.config.pos == "learned":
+            return None
+        half = self.config.n_embd // self.config.n_head // 2
+        freqs = 10000.0 ** (-torch.arange(half, device=pos.device) / half)
+        angles = (pos[..., None] * freqs).view(-1, pos.size(-1), 1, half)
+        return angles.cos(), angles.sin()
+
+    def positions(self, idx, cache):
+        """0..T-1, or behind what the cache holds: (T,)."""
+        past = cache["length"] if cache else 0
+        end = past + idx.size(1)
+        assert end <= self.config.block_size, (
+            f"{end} tokens, but block_size is {self.config.block_size}")
+        return torch.arange(past, end, device=idx.device)
+
+    def logits(self, h):
+        """States (..., C) -> logits (..., V)."""
+        return self.lm_head(h)
+
+    def loss(self, h, targets):
+        """States (B, T, C) and the ids that come next (B, T) -> mean cross-entropy in nats."""
+        return head_cross_entropy(h, self.lm_head.weight, targets)
 
     def forward(self, idx, targets=None):
         """idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, mean loss)."""
-        x = self.hidden(idx)
-        if targets is None:
-            return self.lm_head(x), None
-        return None, head_cross_entropy(x, self.lm_head.weight, targets)
+        h = self.hidden(idx)
+        return (self.logits(h), None) if targets is None else (None, self.loss(h, targets))
 
     @torch.no_grad()
     def generate(self, idx, n_new, temperature=1.0, top_k=50, n_vocab=50257, generator=None,
@@ -325,14 +393,16 @@ class GPT(nn.Module):
         cache = {"length": 0, "size": size} if use_cache else None
         n_vocab = min(n_vocab, self.config.vocab_size)
         for _ in range(n_new):
+            # with the cache only what is new goes through the model: at first the whole prompt
             if cache is not None and idx.size(1) <= self.config.block_size:
-                x = self.hidden(idx[:, cache["length"]:], cache=cache)
+                h = self.hidden(idx[:, cache["length"]:], cache=cache)
             else:
-                x = self.hidden(idx[:, -self.config.block_size:])
-            logits = self.lm_head(x[:, -1])[:, :n_vocab].float()
+                h = self.hidden(idx[:, -self.config.block_size:])
+            logits = self.logits(h[:, -1])[:, :n_vocab].float()  # the padding rows are no tokens
             if temperature < 1e-6:  # below it the division overflows
                 next_id = logits.argmax(dim=-1, keepdim=True)
             else:
+                # of the k likeliest only: the rest are each unlikely, but together they are not
                 probs = F.softmax(logits / temperature, dim=-1)
                 topk_probs, topk_indices = torch.topk(probs, min(top_k or n_vocab, n_vocab))
                 choice = torch.multinomial(topk_probs, 1, generator=generator)
@@ -343,13 +413,41 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """Of training: 6 per weight, 12 L C T for attention (PaLM, arXiv 2204.02311, app. B)."""
         c, names = self.config, self.named_parameters()
-        n = sum(p.numel() for name, p in names if name != "transformer.wpe.weight")
+        # an embedding that only looks up multiplies nothing
+        n = sum(p.numel() for name, p in names if name not in self.looked_up())
         return 6 * n + 12 * c.n_layer * c.n_embd * T
+
+    def looked_up(self):
+        """Weights that no product uses; wte is not among them, as it is the head too."""
+        return {"transformer.wpe.weight"}
+
+    @classmethod
+    def from_pretrained(cls, model_type):
+        """gpt2, gpt2-medium, gpt2-large or gpt2-xl: OpenAI's weights by way of Hugging Face; or a
+        checkpoint's path. Raises UserError."""
+        return cls.load(checkpoint.read_weights(model_type), model_type)
+
+    @classmethod
+    def load(cls, weights, path):
+        """The model in an opened checkpoint; `path` is for the message where it does not fit."""
+        arch = weights.get("arch", "gpt2")
+        if arch != cls.arch:
+            raise UserError(f"{path} holds a model of {program(arch)}: use that with it, not "
+                            f"{program(cls.arch)}")
+        try:
+            model = cls(GPTConfig(**weights["config"]))
+            model.load_state_dict(weights["model"])
+        except (RuntimeError, TypeError) as e:
+            why = one_line(e)
+            raise UserError(f"the weights in {path} do not fit its config ({why})") from None
+        return model
 
     def configure_optimizers(self, weight_decay, learning_rate, device_type, skip=(), zero=False):
         """AdamW: matrices and embeddings decay, biases and norms do not. `skip`: parameters that
         another optimizer takes; `zero`: shard the state over the processes."""
         skip = set(skip)
+        # Decay pulls what multiplies (matrices, embeddings: two dimensions) towards zero, so that
+        # no single weight carries too much. What shifts or scales has no such need.
         params = [p for p in self.parameters() if p.requires_grad and p not in skip]
         decay, nodecay = ([p for p in params if (p.dim() >= 2) == d] for d in (True, False))
         for name, group in (("decayed", decay), ("non-decayed", nodecay)):
@@ -357,75 +455,131 @@ class GPT(nn.Module):
                 f"{sum(p.numel() for p in group):,} parameters")
         groups = [{"params": decay, "weight_decay": weight_decay},
                   {"params": nodecay, "weight_decay": 0.0}]
-        fused = device_type in ("cuda", "cpu", "mps")
+        fused = device_type in ("cuda", "cpu", "mps")  # one kernel for all tensors, not one each
         say(f"using fused AdamW: {fused}")
-        return make_optimizer(torch.optim.AdamW, groups, zero, lr=learning_rate, betas=(0.9, 0.95),
-                              eps=1e-8, fused=fused)
+        return machine.make_optimizer(torch.optim.AdamW, groups, zero, lr=learning_rate,
+                                      betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
-    @classmethod
-    def from_pretrained(cls, model_type):
-        """OpenAI's weights by way of Hugging Face: gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
-        transformers = optional_import("transformers", model_type)
-        try:
-            return cls.from_hf(transformers.GPT2LMHeadModel.from_pretrained(model_type))
-        except (OSError, ValueError) as e:
-            raise UserError(f"{model_type} cannot be had from Hugging Face ({one_line(e)})") from e
+    def make_optimizers(self, cfg, device_type, zero):
+        """{"adamw": ...}; with --optimizer muon also {"muon": ...}, for the blocks' matrices."""
+        matrices = [p for p in self.transformer.h.parameters() if p.dim() == 2]
+        matrices = matrices if cfg.optimizer == "muon" else []
+        optimizers = {"adamw": self.configure_optimizers(
+            cfg.weight_decay, cfg.max_lr, device_type, skip=matrices, zero=zero)}
+        if matrices:
+            machine.describe_muon(matrices, steps=5, zero=zero)
+            # match_rms_adamw scales Muon's updates so that AdamW's learning rate suits both
+            optimizers["muon"] = machine.make_optimizer(
+                torch.optim.Muon, matrices, zero, lr=cfg.max_lr, weight_decay=cfg.weight_decay,
+                adjust_lr_fn="match_rms_adamw")
+        return optimizers
 
-    @classmethod
-    def from_hf(cls, hf):
-        """A transformers GPT2LMHeadModel -> GPT with the same weights."""
-        c = hf.config
-        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
-        state = {k: v for k, v in hf.state_dict().items()
-                 if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-        model.load_state_dict(swap_conv1d(state))
-        return model
-
-
-def load_model(checkpoint, path):
-    """The GPT of an opened checkpoint."""
-    try:
-        model = GPT(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-        return model
-    except (RuntimeError, TypeError) as e:
-        raise UserError(f"the weights in {path} do not fit its config ({one_line(e)})") from None
-
-
-def load_weights(name, device="cpu"):
-    """(model, tokenizer name, flags of its run) of a checkpoint, or of OpenAI's weights by name."""
-    if name in GPT2_SIZES:
-        return GPT.from_pretrained(name).to(device), "gpt2", {}
-    checkpoint = read_checkpoint(name)
-    model = load_model(checkpoint, name).to(device)
-    return model, checkpoint.get("tokenizer", "gpt2"), checkpoint.get("flags", {})
+    def schedule(self, it, cfg):
+        """Learning rate of update `it`; a parameter group with a "ratio" takes that share of it."""
+        return get_lr(it, cfg.max_lr, cfg.min_lr, cfg.warmup_steps, cfg.max_steps)
 
 
 # -----------------------------------------------------------------------------
-# Optimizer and schedule
+# The loss, and why not all the logits. With B = 64 and T = 1024 the logits of a step are 64 * 1024
+# rows of 50304 numbers: 13 GB, by far its largest tensor, and as much again for their gradient. But
+# each row is only needed until its own loss and gradient are known, so a chunk of rows at a time
+# does, and the same numbers come out.
+
+CHUNK_ROWS = {"cpu": 256, "cuda": 4096}  # least rows of logits alive together
 
 
-def make_optimizers(model, cfg, device_type, zero):
-    """{"adamw": ...}, and with --optimizer muon {"muon": ...} for the matrices in the blocks."""
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    matrices = matrices if cfg.optimizer == "muon" else []
-    optimizers = {"adamw": model.configure_optimizers(cfg.weight_decay, cfg.max_lr, device_type,
-                                                      skip=matrices, zero=zero)}
-    if matrices:
-        say(f"using Muon for {len(matrices)} matrices")
-        # match_rms_adamw scales Muon's updates so that AdamW's learning rate suits both
-        optimizers["muon"] = make_optimizer(
-            torch.optim.Muon, matrices, zero, lr=cfg.max_lr, weight_decay=cfg.weight_decay,
-            adjust_lr_fn="match_rms_adamw")
-    return optimizers
+def soft_cap(z, cap):
+    """Logits z -> the same near zero, and never beyond cap; None is no cap (modern.py has one)."""
+    return z if cap is None else cap * z * (z.square() + cap**2).rsqrt()
+
+
+def head_cross_entropy(h, weight, targets, bias=None, cap=None):
+    """Mean cross-entropy of the logits soft_cap(h @ weight.T + bias), in nats.
+
+    h (B, T, C), weight (V, C), targets (B, T) -> scalar. Where the rows fit into one chunk it is
+    F.cross_entropy. So it is under torch.compile, which fuses the loss into the product and keeps
+    the logits in half precision: measured faster than chunks.
+    """
+    h, targets = h.flatten(0, 1), targets.flatten()
+    kind = h.device.type
+    # A chunk costs a pass over the weight's gradient: its logits may be as large as that.
+    chunk = max(CHUNK_ROWS.get(kind, CHUNK_ROWS["cpu"]), weight.size(1))
+    if h.size(0) <= chunk or torch.compiler.is_compiling():
+        # float(): CUDA's autocast, unlike the CPU's, would take the softmax in half precision
+        return F.cross_entropy(soft_cap(F.linear(h, weight, bias).float(), cap), targets)
+    low = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if low else weight.dtype
+    wants_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    return ChunkedCrossEntropy.apply(h, weight, bias, targets, cap, chunk, dtype, wants_grad)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the logits soft_cap(h @ weight.T + bias), a chunk of rows at a time.
+
+    h (N, C), weight (V, C), bias (V,) or None, targets (N,) -> scalar. The gradients are taken in
+    the forward pass, while the logits are at hand. The weight's is summed in the weight's own dtype
+    (float32): in bfloat16 the sum over chunks would lose digits.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, targets, cap, chunk, dtype, wants_grad):
+        total = torch.zeros((), dtype=weight.dtype, device=h.device)
+        w = weight.to(dtype)
+        grad_h = torch.empty_like(h, dtype=dtype) if wants_grad else None
+        grad_w = torch.zeros_like(weight) if wants_grad else None
+        grad_b = torch.zeros_like(bias) if wants_grad and bias is not None else None
+        with torch.autocast(h.device.type, enabled=False):
+            for rows in (slice(i, i + chunk) for i in range(0, h.size(0), chunk)):
+                x, target = h[rows].to(dtype), targets[rows].unsqueeze(1)
+                g = (x @ w.T).to(weight.dtype)  # logits; everything after is done in their place
+                if bias is not None:
+                    g += bias
+                if cap is not None:
+                    slope = (g.square() + cap**2).rsqrt_().mul_(cap)
+                    g *= slope
+                top, picked = g.amax(dim=1, keepdim=True), g.gather(1, target)
+                z = g.sub_(top).exp_().sum(dim=1, keepdim=True)
+                total += (top + z.log() - picked).sum()
+                if not wants_grad:
+                    continue
+                # d loss / d logits = softmax - 1 at the target. Of the sum, not yet of the mean:
+                # such small numbers would suffer in float16.
+                g = g.div_(z).scatter_add_(1, target, -torch.ones_like(z))
+                if cap is not None:
+                    g *= slope.pow_(3)
+                if bias is not None:
+                    grad_b += g.sum(dim=0)
+                g = g.to(dtype)
+                grad_h[rows] = g @ w
+                if dtype == grad_w.dtype:
+                    grad_w.addmm_(g.T, x)
+                else:
+                    grad_w += g.T @ x
+        if wants_grad:
+            ctx.save_for_backward(grad_h, grad_w, grad_b)
+            ctx.h_dtype = h.dtype
+        return total / h.size(0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_h, grad_w, grad_b = ctx.saved_tensors
+        scale = grad / grad_h.size(0)
+        grad_b = None if grad_b is None else grad_b.mul_(scale)
+        return (grad_h * scale).to(ctx.h_dtype), grad_w.mul_(scale), grad_b, *[None] * 5
+
+
+# -----------------------------------------------------------------------------
+# The schedule; the optimizers are GPT.make_optimizers
 
 
 def get_lr(it, max_lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073):
     """Learning rate of update `it`: linear warm-up, then a cosine down to min_lr at max_steps."""
+    # AdamW's averages know little at first: small steps until they do
     if it < warmup_steps:
         return max_lr * (it + 1) / warmup_steps
     if it >= max_steps:
         return min_lr
+    # then from 1 to 0 along half a cosine: slow, fast, slow
     decay_ratio = (it - warmup_steps) / (max_steps - warmup_steps)
     coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
     return min_lr + coeff * (max_lr - min_lr)
@@ -444,8 +598,8 @@ class DataLoaderLite:
     row (m*W + k)*B + b goes to micro-step m, process k of W, row b: the same rows make the same
     step for any number of processes and any B.
 
-    tokens: a tokens.TokenStream of at least T + 1 tokens, else UserError. shuffle: "none", or
-    "windows": one permutation per epoch, the same on all processes, drawn from (seed, epoch).
+    tokens: a TokenStream of at least T + 1 tokens, else UserError. shuffle: "none", or "windows":
+    one permutation per epoch, the same on all processes, drawn from (seed, epoch).
     """
 
     def __init__(self, B, T, process_rank, num_processes, tokens, rows_per_step=None,
@@ -467,6 +621,7 @@ class DataLoaderLite:
         self.next_micro_step = step * self.grad_accum_steps
 
     def next_batch(self):
+        """This process's share of the next micro-step; the counter is all the state there is."""
         step, micro_step = divmod(self.next_micro_step, self.grad_accum_steps)
         self.next_micro_step += 1
         first = step * self.rows_per_step
@@ -475,6 +630,7 @@ class DataLoaderLite:
 
     def windows(self, rows):
         """Window numbers of global rows, both int64 arrays."""
+        # rows are counted through all epochs: the quotient is the epoch, the rest the place in it
         epochs, numbers = np.divmod(rows, self.n_windows)
         if self.shuffle == "windows":
             for epoch in np.unique(epochs):
@@ -497,6 +653,7 @@ class DataLoaderLite:
         starts = np.flatnonzero(np.diff(windows, prepend=-2) != 1)
         for i, j in zip(starts, [*starts[1:], len(windows)], strict=True):
             pos = int(windows[i]) * self.T
+            # one token more than the inputs: each input's target is the token behind it
             ids = self.tokens.read(pos, int(j - i) * self.T + 1)
             self.check_vocabulary(ids, pos)
             buf[0, i:j], buf[1, i:j] = ids[:-1].reshape(-1, self.T), ids[1:].reshape(-1, self.T)
@@ -519,36 +676,157 @@ class DataLoaderLite:
 
 
 # -----------------------------------------------------------------------------
-# A run
+# Evaluation: on the raw module, so that the compiled step never meets another shape. Nothing in
+# the model depends on train or eval mode.
 
 
-@dataclass
-class Run:
-    """All that a step and an evaluation need, on this process."""
+def autocast(cfg, device):
+    """The forward pass in cfg.dtype where that is safe; the weights stay float32.
 
-    cfg: TrainConfig
-    dist: Dist
-    data: Data
-    raw_model: GPT  # for evaluation, sampling and checkpoints
-    loader: DataLoaderLite | None
-    val_loader: DataLoaderLite | None
-    prompt: list  # token ids; empty: no samples
-    examples: list  # of HellaSwag; empty: off
-    stop: StopFlag
-    step: int = 0  # completed updates
-    val_loss: float | None = None  # at this step
-    model: nn.Module | None = None  # raw_model in DDP and compiled
-    ddp: nn.Module | None = None
-    compiled: bool = False
-    optimizers: dict | None = None
-    scaler: torch.amp.GradScaler | None = None
-    batch: tuple | None = None  # the next (x, y), on the device
-    matmul_rate: float = 0.0  # FLOP/s of a large matrix product on this device in this dtype
-    reporter: Reporter | None = None  # on the main process
+    Products in bfloat16 are several times as fast. It has float32's range and three digits: enough
+    for a product, too few for a weight, whose updates are smaller than that.
+    """
+    dtype = getattr(torch, cfg.dtype)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    def autocast(self):
-        dtype = getattr(torch, self.cfg.dtype)
-        return torch.autocast(self.dist.device.type, dtype, enabled=dtype != torch.float32)
+
+class Evaluator:
+    """What a model is worth: validation loss, HellaSwag and samples, as far as they are on.
+
+    loader: of the val split, or None; examples: of HellaSwag; prompt: token ids. An empty one is
+    off. A signal in between raises Stopped on all processes.
+    """
+
+    def __init__(self, cfg, dist, model, loader, examples, prompt, tokenizer, stop):
+        self.cfg, self.dist, self.model, self.loader = cfg, dist, model, loader
+        self.examples, self.prompt, self.tokenizer, self.stop = examples, prompt, tokenizer, stop
+        wanted = cfg.val_tokens
+        if wanted is None:
+            wanted = 65536 if dist.device.type == "cpu" else 10485760  # build-nanogpt's, on 8 GPUs
+        self.val_windows = 0
+        if loader and wanted:
+            self.val_windows = min(max(1, wanted // loader.T), loader.n_windows)
+            self.whole_split = self.val_windows < wanted // loader.T
+            loader.read(np.arange(1))  # what is wrong with the split is said before training
+
+    @contextlib.contextmanager
+    def quick(self):
+        """No graph, low precision, and no attention kernel that plans anew for each shape."""
+        low_precision = autocast(self.cfg, self.dist.device)
+        with torch.no_grad(), low_precision, machine.attention_of_any_shape():
+            yield
+
+    def validate(self):
+        """Mean loss over the first val_tokens of the split: the same for any B and world size."""
+        if not self.val_windows:
+            return None
+        loader, dist, n = self.loader, self.dist, self.val_windows
+        total = torch.zeros((), device=dist.device)
+        for first in range(0, n, loader.B * dist.world_size):  # as often on every process
+            self.stop.check()
+            mine = first + dist.rank * loader.B
+            windows = np.arange(mine, min(mine + loader.B, n))
+            if len(windows):
+                x, y = (t.to(dist.device) for t in loader.read(windows))
+                with self.quick():
+                    _, loss = self.model(x, y)
+                # the last batch may be smaller: weigh by rows, so that every token counts alike
+                total += loss * len(windows)
+        loss = dist.sum([total.item()])[0] / n
+        whole = f" over all {n * loader.T:,} tokens there are" if self.whole_split else ""
+        say(f"validation loss: {loss:.4f}{whole}")
+        return loss
+
+    def score_hellaswag(self, details=False):
+        """Accuracy (acc_norm); the examples are shared out over the processes."""
+        if not self.examples:
+            return None
+        dist = self.dist
+        with self.quick():
+            if details and dist.master_process:
+                hellaswag.show_examples(self.model, self.examples, dist.device,
+                                        self.tokenizer.decode)
+            result = hellaswag.evaluate(self.model, self.examples, dist.device, dist.rank,
+                                        dist.world_size, between=self.stop.check,
+                                        progress=dist.master_process)
+        correct, correct_norm, total, cropped = (int(n) for n in dist.sum(list(result)))
+        say(f"HellaSwag accuracy: {correct_norm}/{total}={correct_norm / total:.4f}")
+        if details:
+            if cropped:
+                say(f"{cropped} cut on the left to {self.model.config.block_size} tokens")
+            say("\n".join(hellaswag.score_lines(correct, correct_norm, total)))
+        return correct_norm / total
+
+    def sample(self, live=None):
+        """The prompt continued num_samples times: texts, on the main process.
+
+        live(ids) is given the tokens of sample 0 as they come. The generator is its own, seeded 42
+        every time: no other random state moves.
+        """
+        if not self.prompt or not self.dist.master_process:
+            return []
+        cfg, device = self.cfg, self.dist.device
+        idx = torch.tensor(self.prompt, device=device).repeat(cfg.num_samples, 1)
+        generator = torch.Generator(device=device).manual_seed(42)
+        n_new = cfg.sample_length - idx.size(1)
+        columns = [idx]
+        with self.quick():
+            for column in self.model.generate(idx, n_new, cfg.temperature, cfg.top_k,
+                                              self.tokenizer.n_vocab, generator):
+                columns.append(column)
+                if live:
+                    live(column[0].tolist())
+        return [self.tokenizer.decode(row) for row in torch.cat(columns, dim=1).tolist()]
+
+
+def evaluate_only(evaluator):
+    """Validation loss, HellaSwag and samples of loaded weights; writes nothing."""
+    evaluator.validate()
+    evaluator.score_hellaswag(details=True)
+    if not evaluator.prompt or not evaluator.dist.master_process:
+        return
+    decode = evaluator.tokenizer.stream()
+    print(f"sample 0: {decode(evaluator.prompt)}", end="", flush=True)
+    texts = evaluator.sample(live=lambda ids: print(decode(ids), end="", flush=True))
+    print()
+    for i, text in enumerate(texts[1:], start=1):
+        print(f"sample {i}: {text}")
+
+
+# -----------------------------------------------------------------------------
+# One step
+
+
+class Trainer:
+    """A run in progress: its weights, its optimizers, and the next batch.
+
+    raw_model is the model itself, for evaluation, samples and checkpoints; model is the same in DDP
+    and compiled. facts: what every checkpoint of this run says of it. saved: a checkpoint to go on
+    from, or None.
+    """
+
+    def __init__(self, cfg, dist, raw_model, loader, stop, facts, saved=None):
+        self.cfg, self.dist, self.raw_model, self.loader = cfg, dist, raw_model, loader
+        self.stop, self.facts = stop, facts
+        self.step = 0  # completed updates
+        self.val_loss = None  # at this step
+        self.model, self.compiled = machine.wrap(raw_model, dist, cfg.compile)
+        self.optimizers = raw_model.make_optimizers(cfg, dist.device.type,
+                                                    cfg.zero and dist.world_size > 1)
+        # float16 has no small numbers: the scaler multiplies the loss so that gradients have some
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.dtype == "float16")
+        if saved:
+            self.restore(saved)
+        loader.reset(self.step)
+        self.fetch_batch()
+
+    def restore(self, saved):
+        """Optimizers, random state and step of a checkpoint; the model has its weights already."""
+        for kind, state in saved.pop("optimizer").items():
+            machine.load_optimizer(self.optimizers[kind], state)
+        self.scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["rng"])
+        self.step = saved["step"]
 
     def fetch_batch(self):
         """Start the next batch on its way to the device, beside the work that runs there."""
@@ -556,443 +834,346 @@ class Run:
         self.batch = [(t.pin_memory() if cuda else t).to(self.dist.device, non_blocking=True)
                       for t in self.loader.next_batch()]
 
+    def update(self, lr):
+        """One update from total_batch_size tokens: (loss, gradient norm before clipping).
 
-# -----------------------------------------------------------------------------
-# Evaluation: on the raw module, so that the compiled step never meets another shape. Nothing in
-# the model depends on train or eval mode. None: a signal came in between.
+        The loss is the mean over micro-steps and processes. Neither a loss nor a norm that is not
+        finite reaches the weights.
+        """
+        cfg, device, grad_accum_steps = self.cfg, self.dist.device, self.loader.grad_accum_steps
+        loss_accum = torch.zeros((), device=device)
+        for micro_step in range(grad_accum_steps):
+            x, y = self.batch  # it came while the last step ran
+            # Gradients add up on each process by themselves; exchanging them once, behind the last
+            # micro-step, is enough. DDP reads that decision in its forward, so it wraps both.
+            alone = self.dist.world_size > 1 and micro_step < grad_accum_steps - 1
+            with self.model.no_sync() if alone else contextlib.nullcontext():
+                with autocast(cfg, device):
+                    _, loss = self.model(x, y)
+                # F.cross_entropy takes the mean over its B * T tokens, and backward() adds up over
+                # the micro-steps. A sum of means is no mean: dividing each of them makes it that of
+                # the whole batch, as if it had gone through at once.
+                loss = loss / grad_accum_steps
+                self.scaler.scale(loss).backward()
+            loss_accum += loss.detach()
+            self.fetch_batch()
+        loss, norm = self.clip_and_agree(loss_accum)
+        self.check_finite(loss, norm)
+        # the update itself, with the rate of this step
+        for optimizer in self.optimizers.values():
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr * param_group.get("ratio", 1.0)
+            if math.isfinite(norm):
+                self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        self.step, self.val_loss = self.step + 1, None
+        return loss, norm
 
+    def clip_and_agree(self, loss_accum):
+        """Clip the gradients; (mean loss over the processes, norm before clipping) as numbers."""
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
+        # one strange batch must not throw the weights far: at most a step of this length
+        norm = nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.cfg.grad_clip or math.inf)
+        # whether a signal came rides along, so that all processes stop behind the same step
+        stop = loss_accum.new_full((), float(self.stop.here()))
+        shared = torch.stack([loss_accum, stop])
+        if self.dist.world_size > 1:
+            torch.distributed.all_reduce(shared)
+        loss, stop, norm = torch.cat([shared, norm.view(1)]).tolist()  # the one wait for the device
+        self.stop.agreed = stop > 0
+        return loss / self.dist.world_size, norm
 
-@torch.no_grad()
-def validate(run):
-    """Mean loss over the first val_tokens of the val split: the same for any B and world size."""
-    loader, dist = run.val_loader, run.dist
-    wanted = run.cfg.val_tokens or (65536 if dist.device.type == "cpu" else 10485760)
-    n = min(max(1, wanted // loader.T), loader.n_windows)
-    total = torch.zeros((), device=dist.device)
-    for first in range(0, n, loader.B * dist.world_size):  # as often on every process
-        if run.stop.anywhere(dist):
-            return None
-        mine = first + dist.rank * loader.B
-        windows = np.arange(mine, min(mine + loader.B, n))
-        if len(windows):
-            x, y = (t.to(dist.device) for t in loader.read(windows))
-            with run.autocast():
-                _, loss = run.raw_model(x, y)
-            total += loss * len(windows)
-    loss = dist.sum([total.item()])[0] / n
-    whole = f" over all {n * loader.T:,} tokens there are" if n < wanted // loader.T else ""
-    say(f"validation loss: {loss:.4f}{whole}")
-    return loss
+    def check_finite(self, loss, norm):
+        """End the run before a loss or a norm that is not finite spoils the weights."""
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.get_scale() > 1):
+            return  # float16: the scaler skips an update whose norm overflowed and halves its scale
+        rows, names = list(self.loader.where(self.step)), self.loader.tokens.names
+        (*_, first, start), (*_, last, end) = rows[0], rows[-1]
+        raise RunError(
+            f"step {self.step}: loss {loss}, gradient norm {norm}. The weights were not updated, "
+            f"the last good checkpoint in {self.cfg.log_dir} is as it was. The step reads "
+            f"{names[first]} offset {start} to {names[last]} offset {end + self.cfg.T}; --inspect "
+            f"{self.step} shows it")
 
-
-def score_hellaswag(run):
-    """HellaSwag accuracy (acc_norm), the examples shared out over the processes."""
-    import hellaswag
-
-    dist = run.dist
-    with run.autocast():
-        result = hellaswag.evaluate(run.raw_model, run.examples, dist.device, dist.rank,
-                                    dist.world_size, between=lambda: run.stop.anywhere(dist),
-                                    progress=dist.master_process)
-    if result is None:
-        return None
-    correct, total = (int(n) for n in dist.sum([result.correct_norm, result.total]))
-    say(f"HellaSwag accuracy: {correct}/{total}={correct / total:.4f}")
-    return correct / total
-
-
-def sample(run, show, live=None):
-    """Continue the prompt num_samples times, on the main process; show(i, text) each.
-
-    live(ids) is given the tokens of sample 0 as they come. The generator is its own, seeded 42
-    every time: no other random state moves.
-    """
-    cfg, tokenizer = run.cfg, run.data.tokenizer
-    idx = torch.tensor(run.prompt, device=run.dist.device).repeat(cfg.num_samples, 1)
-    generator = torch.Generator(device=run.dist.device).manual_seed(42)
-    columns = [idx]
-    with run.autocast():
-        for column in run.raw_model.generate(idx, cfg.sample_length - idx.size(1), cfg.temperature,
-                                             cfg.top_k, tokenizer.n_vocab, generator):
-            columns.append(column)
-            if live:
-                live(column[0].tolist())
-    for i, row in enumerate(torch.cat(columns, dim=1).tolist()):
-        show(i, tokenizer.decode(row))
-
-
-def evaluate(run, step):
-    """Validation, HellaSwag and samples, as far as they are on. False: a signal came in between."""
-    values = {"val": validate(run)}
-    if values["val"] is not None and run.examples:
-        values["hella"] = score_hellaswag(run)
-    if None in values.values():
-        return False
-    run.val_loss = values["val"]  # a checkpoint that has it needs no more evaluation
-    if run.dist.master_process:
-        run.reporter.scalars(step, **values)
-        if step > 0 and run.prompt:
-            sample(run, lambda i, text: run.reporter.sample(step, i, text))
-        if 0 < step < run.cfg.max_steps:  # at its end a run draws anyway
-            run.reporter.draw()
-    return True
-
-
-def evaluate_only(run):
-    """Validation loss, HellaSwag and samples of loaded weights; writes nothing."""
-    if run.val_loader:
-        validate(run)
-    if run.examples:
-        score_hellaswag(run)
-    if run.prompt:
-        decode = run.data.tokenizer.stream()
-        print(f"sample 0: {decode(run.prompt)}", end="", flush=True)
-        sample(run, lambda i, text: print(f"\nsample {i}: {text}" * (i > 0), end=""),
-               live=lambda ids: print(decode(ids), end="", flush=True))
-        print()
-
-
-def save(run, keep=False, must=False):
-    """Write a checkpoint. All processes call it: under --zero each gives its share."""
-    optimizers = {k: optimizer_state(o, run.dist) for k, o in run.optimizers.items()}
-    if run.dist.master_process:
-        save_checkpoint(dict(
-            model=run.raw_model.state_dict(), optimizer=optimizers, scaler=run.scaler.state_dict(),
-            step=run.step, config=asdict(run.raw_model.config), flags=asdict(run.cfg),
-            tokenizer=run.data.tokenizer_name, data=run.data.identity, val_loss=run.val_loss,
-            rng=torch.get_rng_state()), run.cfg.log_dir, keep, must)
-
-
-# -----------------------------------------------------------------------------
-# One training step
-
-
-def train_step(run):
-    """One update from total_batch_size tokens. Returns (loss, gradient norm before clipping, lr).
-
-    The loss is the mean over micro-steps and processes. Gradients are synchronized in the last
-    micro-step only; DDP reads that decision in its forward. Neither a loss nor a norm that is not
-    finite reaches the weights.
-    """
-    cfg, dist, grad_accum_steps = run.cfg, run.dist, run.loader.grad_accum_steps
-    loss_accum = torch.zeros((), device=dist.device)
-    for micro_step in range(grad_accum_steps):
-        x, y = run.batch
-        local = run.ddp is not None and micro_step < grad_accum_steps - 1
-        with run.ddp.no_sync() if local else contextlib.nullcontext():
-            with run.autocast():
-                _, loss = run.model(x, y)
-            loss = loss / grad_accum_steps  # the loss is a mean: so is the sum of these parts
-            run.scaler.scale(loss).backward()
-        loss_accum += loss.detach()
-        run.fetch_batch()
-    for optimizer in run.optimizers.values():
-        run.scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(run.raw_model.parameters(), cfg.grad_clip or math.inf)
-    shared = torch.stack([loss_accum, torch.tensor(float(run.stop.here()), device=dist.device)])
-    if dist.world_size > 1:
-        torch.distributed.all_reduce(shared)
-    loss, stop, norm = torch.cat([shared, norm.view(1)]).tolist()  # the one wait for the device
-    loss, run.stop.agreed = loss / dist.world_size, stop > 0
-    check_finite(run, loss, norm)
-    lr = get_lr(run.step, cfg.max_lr, cfg.min_lr, cfg.warmup_steps, cfg.max_steps)
-    for optimizer in run.optimizers.values():
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
-        if math.isfinite(norm):
-            run.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    run.scaler.update()
-    return loss, norm, lr
-
-
-def check_finite(run, loss, norm):
-    """End the run before a loss or a norm that is not finite spoils the weights."""
-    if math.isfinite(loss) and (math.isfinite(norm) or run.scaler.get_scale() > 1):
-        return  # float16: the scaler skips an update whose norm overflowed, and halves its scale
-    rows, names = list(run.loader.where(run.step)), run.loader.tokens.names
-    (*_, first, start), (*_, last, end) = rows[0], rows[-1]
-    raise RunError(
-        f"step {run.step}: loss {loss}, gradient norm {norm}. The weights were not updated, the "
-        f"last good checkpoint in {run.cfg.log_dir} is as it was. The step reads {names[first]} "
-        f"offset {start} to {names[last]} offset {end + run.cfg.T}; --inspect {run.step} shows it")
-
-
-# -----------------------------------------------------------------------------
-# Setting up: every check comes before anything is written
-
-
-def build_config(given, saved, init, dist):
-    """Settle every flag: what was typed beats the checkpoint, which beats the preset."""
-    model, _, init_flags = init
-    defaults = {f.name: f.default for f in fields(TrainConfig)}
-    if saved:
-        cfg = {k: v for k, v in saved["flags"].items()
-               if k in defaults.keys() - PER_COMMAND and (k, v) != ("prompt", "-")}  # not again
-        cfg |= {"preset": saved["flags"]["preset"]} | PRESETS.get(given.get("preset"), {})
-    elif given.get("preset", "auto") == "auto":
-        preset, why = choose_preset(given, dist.device.type, dist.world_size)
-        cfg = PRESETS[preset]
-        given = given | {"preset": preset}
-        if not given.get("eval_only") and not given.get("export_hf"):
-            say(f"preset {preset}: {why}" + ("; for the real run: python fineweb.py, then this "
-                                             "command on a GPU" * (preset == "smoke")))
-    else:
-        cfg = PRESETS[given["preset"]]
-    if model:
-        shape = asdict(model.config)
-        for k in shape.keys() & given.keys():
-            if given[k] != shape[k]:
-                raise UserError(f"--{k} {given[k]} contradicts --init {given['init']}, where it is "
-                                f"{shape[k]}: leave --{k} out")
-        cfg = cfg | shape
-        if given.get("eval_only"):  # as in the checkpoint's own run
-            cfg = cfg | {k: init_flags.get(k, defaults[k]) for k in ("data", "T", "val_tokens")}
-    cfg = defaults | cfg | given
-    if "T" not in given:
-        cfg["T"] = min(cfg["T"], cfg["block_size"])
-    if "data" in given:
-        cfg["data"] = os.path.abspath(given["data"])
-    if cfg["dtype"] == "auto":
-        cfg["dtype"] = best_dtype(dist.device)
-    return TrainConfig(**cfg)
-
-
-def check_batch(cfg, world_size):
-    """Rows per process and step, or UserError with the nearest total_batch_size that works."""
-    rows = cfg.T * world_size * (cfg.B or 1)
-    if cfg.total_batch_size % rows == 0:
-        return cfg.total_batch_size // (cfg.T * world_size)
-    unit = rows if cfg.B or cfg.total_batch_size < 16 * rows else 16 * rows  # leaves room for B
-    below = cfg.total_batch_size // unit * unit
-    raise UserError(f"--total_batch_size {cfg.total_batch_size} is not divisible by B * T * "
-                    f"processes = {cfg.B or 1} * {cfg.T} * {world_size} = {rows}: use "
-                    + " or ".join(str(n) for n in (below, below + unit) if n))
-
-
-def choose_B(cfg, rows, model, dist):
-    """Rows per micro-step: what --B says, or the largest power of two that divides and fits."""
-    if cfg.B or cfg.eval_only:
-        return cfg.B or 8
-    device, dtype = dist.device, getattr(torch, cfg.dtype)
-    sizes = [b for b in (64, 32, 16, 8, 4, 2, 1) if rows % b == 0]
-    if device.type != "cuda":
-        return next(b for b in sizes if b <= 4)
-
-    def attempt(B):  # eager: a compiled step needs less
-        idx = torch.zeros(B, cfg.T, dtype=torch.long, device=device)
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            _, loss = model(idx, idx)
-        loss.backward()
-
-    adamw_bytes = 8 * sum(p.numel() for p in model.parameters())
-    largest = next((b for b in sizes if fits_gpu(partial(attempt, b), adamw_bytes, device)), 0)
-    model.zero_grad(set_to_none=True)
-    B = min(dist.gather(largest))
-    if not B:
-        raise AgreedError("not even --B 1 fits the GPU: use a smaller --T or a smaller model")
-    return B
-
-
-def make_run(cfg, saved, init_model, data, n_examples, dist):
-    """The part of a run that evaluation needs too: model, data, prompt, HellaSwag examples."""
-    rows = None if cfg.eval_only else dist.together(check_batch, cfg, dist.world_size)
-    prompt = dist.together(lambda: dist.master_process and encode_prompt(cfg, data.tokenizer)) or []
-    examples = open_hellaswag(n_examples, cfg.block_size, data.tokenizer, dist)
-    torch.manual_seed(cfg.seed)
-    shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
-    model = init_model or GPT(GPTConfig(**shape))
-    if saved:
-        model.load_state_dict(saved.pop("model"))
-    model.to(dist.device)
-    split = choose_B(cfg, rows, model, dist), cfg.T, dist.rank, dist.world_size
-    loader = val_loader = None
-    if data.train:
-        loader = dist.together(DataLoaderLite, *split, data.train, cfg.total_batch_size // cfg.T,
-                               cfg.shuffle, cfg.seed, cfg.vocab_size)
-        val_loader = dist.together(DataLoaderLite, *split, data.val, None, "none", 0,
-                                   cfg.vocab_size)
-        on_main = (loader, val_loader) if dist.master_process else ()
-        dist.together(lambda: [scan_vocabulary(x) for x in on_main])
-    return Run(cfg, dist, data, model, loader, val_loader, prompt, examples, StopFlag())
-
-
-def prepare_training(run, saved):
-    """Wrap the model (DDP, then compile: the order torch recommends) and make the optimizers."""
-    cfg, dist, device = run.cfg, run.dist, run.dist.device
-    cuda = device.type == "cuda"
-    dist.together(lambda: optional_import("wandb", "--wandb") if cfg.wandb else None)
-    run.model = run.raw_model
-    if dist.world_size > 1:
-        run.model = run.ddp = nn.parallel.DistributedDataParallel(
-            run.raw_model, device_ids=[device.index] if cuda else None,
-            gradient_as_bucket_view=True)
-    wanted = cuda if cfg.compile is None else cfg.compile
-    run.compiled = all(dist.gather(wanted and can_compile(device)))
-    if run.compiled:
-        run.model = torch.compile(run.model)
-        if device.type == "cpu":
-            # the compiled embedding backward adds atomically: without this no two runs are equal
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
-    run.optimizers = make_optimizers(run.raw_model, cfg, device.type, cfg.zero and bool(run.ddp))
-    run.scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
-    run.matmul_rate = measure_matmul(device, getattr(torch, cfg.dtype))
-    if saved:
-        for kind, state in saved.pop("optimizer").items():
-            load_optimizer(run.optimizers[kind], state)
-        run.scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        run.step = saved["step"]
-
-
-def describe_run(run):
-    """The start-up block; returns what config.json keeps, enough to repeat the run."""
-    cfg, loader, device, data = run.cfg, run.loader, run.dist.device, run.data
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    say(f"using device: {device} ({name}), {cfg.dtype}, compile {'on' if run.compiled else 'off'}; "
-        f"{run.matmul_rate / 1e12:.2f} TFLOP/s in a large matrix product")
-    say(f"total desired batch size: {cfg.total_batch_size}")
-    say(f"=> calculated gradient accumulation steps: {loader.grad_accum_steps} "
-        f"(B {loader.B}, T {cfg.T}, processes {run.dist.world_size})")
-    for split, tokens in (("train", data.train), ("val", data.val)):
-        say(f"found {len(tokens.names)} shards for split {split}: {len(tokens):,} tokens")
-    epochs = cfg.max_steps * loader.rows_per_step / loader.n_windows
-    say(f"max_steps {cfg.max_steps} is {epochs:.3f} epochs of {loader.n_windows:,} windows")
-    if cfg.warmup_steps > cfg.max_steps:
-        warn(f"--warmup_steps {cfg.warmup_steps} is beyond --max_steps {cfg.max_steps}: the "
-             "learning rate never reaches its peak")
-    return dict(flags=asdict(cfg), model=asdict(run.raw_model.config), B=loader.B,
-                processes=run.dist.world_size, device=f"{device} ({name})", compile=run.compiled,
-                data=data.identity, tokenizer=data.tokenizer_name,
-                **versions(os.path.join(cfg.data or SHARDS, MANIFEST)))
+    def save(self, keep=False, must=False):
+        """Write a checkpoint. All processes call it: under --zero each gives its share."""
+        optimizers = {k: machine.optimizer_state(o, self.dist) for k, o in self.optimizers.items()}
+        if self.dist.master_process:
+            finished = self.step == self.cfg.max_steps and keep
+            checkpoint.save_checkpoint(self.facts | dict(
+                model=self.raw_model.state_dict(), optimizer=optimizers,
+                scaler=self.scaler.state_dict(), step=self.step, val_loss=self.val_loss,
+                rng=torch.get_rng_state(), finished=finished), self.cfg.log_dir, keep, must)
 
 
 # -----------------------------------------------------------------------------
 # The loop
 
 
-def train(run):
-    """Do what is due, then one update, until max_steps updates are done. Returns the exit status.
+def train(cfg, dist, trainer, evaluator, reporter, stop):
+    """Do what is due, then one update, until max_steps updates are done.
 
     The last round only evaluates and saves: so the final weights are seen, and a resume at step s
-    begins with what is due at s.
+    begins with what is due at s. reporter: on the main process.
     """
-    cfg, clock = run.cfg, Clock()
-    flops = run.raw_model.flops_per_token(cfg.T) * cfg.total_batch_size / run.dist.world_size
-    run.loader.reset(run.step)
-    run.fetch_batch()
-    run.stop.install()
     while True:
-        step, last_step = run.step, run.step == cfg.max_steps
-        if (step % cfg.eval_every == 0 or last_step) and not evaluate(run, step):
-            break
+        step, last_step = trainer.step, trainer.step == cfg.max_steps
+
+        # once in a while: how good is it on text that it is not trained on, and what does it write?
+        if step % cfg.eval_every == 0 or last_step:
+            val_loss = evaluator.validate()
+            hella = evaluator.score_hellaswag()
+            trainer.val_loss = val_loss
+            if dist.master_process:
+                reporter.scalars(step, val=val_loss, hella=hella)
+                texts = evaluator.sample() if step > 0 else []
+                for i, text in enumerate(texts):
+                    reporter.sample(step, i, text)
+                if 0 < step < cfg.max_steps:  # at its end a run draws anyway
+                    reporter.draw()
+
+        # once in a while: everything that a resume needs goes to the disk; some of it stays there
         keep = last_step or is_due(step, cfg.checkpoint_every)
         if keep or is_due(step, cfg.save_every):
-            save(run, keep, must=last_step)
+            trainer.save(keep, must=last_step)
         if last_step:
-            break
+            return
+
+        # one step of optimization; its time is all that dt counts
         t0 = time.perf_counter()
-        loss, norm, lr = train_step(run)
+        lr = trainer.raw_model.schedule(step, cfg)
+        loss, norm = trainer.update(lr)
         dt = time.perf_counter() - t0
-        clock.add(dt)
-        run.step, run.val_loss = step + 1, None
-        if run.dist.master_process:
-            run.reporter.update(step, cfg.max_steps, loss, norm, lr, dt, cfg.total_batch_size,
-                                flops / run.matmul_rate / dt, clock)
-        if run.stop.agreed:
-            break
-    if run.stop.agreed:
-        save(run, must=True)
-        say(f"stopped by a signal at step {run.step}; the same command with --resume goes on")
-        return run.stop.status
-    rate = f", {cfg.total_batch_size / clock.mean:,.0f} tok/s" if clock.mean else ""
-    say(f"done: {cfg.max_steps} steps, {cfg.max_steps * cfg.total_batch_size:,} tokens{rate}, "
-        f"validation loss {run.val_loss:.4f}")
-    say(f"try next: python train_gpt2.py --init {os.path.join(cfg.log_dir, 'last.pt')} --eval_only "
-        '--prompt "The sea" --sample_length 100')
-    return 0
+        if dist.master_process:
+            reporter.update(step, loss, norm, lr, dt)
+
+        # Ctrl-C or SIGTERM, on any process: all of them leave here
+        stop.raise_agreed()
 
 
-def train_and_report(run, saved):
-    """Training from end to end, with the folder of the run opened and closed around it."""
-    cfg, dist = run.cfg, run.dist
-    prepare_training(run, saved)
-    lock = dist.together(lambda: dist.master_process and open_log_dir(cfg.log_dir, cfg.resume))
-    settings = describe_run(run)
-    if saved:
-        say(f"resuming from {saved['path']}, step {run.step}")
-    run.reporter = dist.together(lambda: open_reporter(
-        cfg.log_dir, settings, run.step, cfg.wandb) if dist.master_process else None)
+def is_due(step, every):
+    """Whether something that happens every so many steps happens now; never at 0, 0 = never."""
+    return step > 0 and every > 0 and step % every == 0
+
+
+# -----------------------------------------------------------------------------
+# Setting up. Every check comes before anything is written, and every process makes the same ones by
+# itself; so a mistake is found by all of them (plumbing/errors.py).
+
+
+def make_config(given, saved, weights, dist, model_class):
+    """The TrainConfig of this call."""
+    preset = saved["flags"]["preset"] if saved else given.get("preset", "auto")
+    if preset == "auto":
+        preset, why = choose_preset(given, dist.device.type, dist.world_size)
+        if not given.get("eval_only") and not given.get("export_hf"):
+            say(f"preset {preset}: {why}" + ("; for the real run: python fineweb.py --ready 10, "
+                                             "then this command on a GPU" * (preset == "smoke")))
+    cfg = settle(TrainConfig, model_class.presets, preset, given, saved, weights)
+    if "T" not in given:
+        cfg["T"] = min(cfg["T"], cfg["block_size"])
+    if "data" in given:
+        cfg["data"] = os.path.abspath(given["data"])
+    if cfg["dtype"] == "auto":
+        cfg["dtype"] = machine.best_dtype(dist.device)
+    return TrainConfig(**cfg)
+
+
+def choose_B(cfg, rows, model, dist):
+    """Rows per micro-step: what --B says, or the largest power of two that divides and fits."""
+    if cfg.B or cfg.eval_only:
+        return cfg.B or 8
+    sizes = [b for b in (64, 32, 16, 8, 4, 2, 1) if rows % b == 0]
+    if dist.device.type != "cuda":
+        return next(b for b in sizes if b <= 4)
+
+    def one_step(B):
+        idx = torch.zeros(B, cfg.T, dtype=torch.long, device=dist.device)
+        with autocast(cfg, dist.device):
+            _, loss = model(idx, idx)
+        loss.backward()
+
+    # beside it must fit: AdamW's state, DDP's buckets, and the logits, which a compiled step keeps
+    # whole and in half precision
+    aside = (8 + 4 * (dist.world_size > 1)) * sum(p.numel() for p in model.parameters())
+    per_row = 2 * cfg.T * cfg.vocab_size * (cfg.compile is not False)
+    fitting = (B for B in sizes if machine.fits_gpu(one_step, B, aside + B * per_row, dist.device))
+    B = min(dist.gather(next(fitting, 0)))
+    model.zero_grad(set_to_none=True)
+    if not B:
+        raise UserError("not even --B 1 fits the GPU: use a smaller --T or a smaller model")
+    return B
+
+
+def examples_wanted(cfg, device):
+    """Number of HellaSwag examples per evaluation."""
+    automatic = 0 if device.type == "cpu" else 10042
+    return automatic if cfg.hellaswag is None else cfg.hellaswag
+
+
+def open_hellaswag(cfg, tokenizer, dist):
+    """The prepared examples. Where they cannot be had a run goes on without them, after a warning;
+    who asks for nothing else is refused."""
+    n = examples_wanted(cfg, dist.device)
+    if not n:
+        return []
+    errors = []
+    if tokenizer is None or tokenizer.name != "gpt2" or cfg.vocab_size < tokenizer.n_vocab:
+        errors = ["it needs GPT-2's vocabulary"]
+    errors = errors or dist.once_per_machine(lambda: hellaswag.download("val"))
+    if errors and cfg.eval_only and cfg.hellaswag:
+        raise UserError(f"--hellaswag {n}: {errors[0]}")
+    if errors:
+        warn(f"HellaSwag is off: {errors[0]}")
+        return []
+    return hellaswag.load_examples(hellaswag.data_file("val"), n, cfg.block_size, tokenizer.encode)
+
+
+# -----------------------------------------------------------------------------
+# Main, downward in the order of time
+
+
+def program(arch):
+    """The file that trains an architecture."""
+    return "train_gpt2.py" if arch == "gpt2" else f"{arch}.py"
+
+
+def main(argv=None, model_class=GPT):
+    """The command. model_class: GPT, or a class that has what it has (modern.py)."""
+    run_main(program(model_class.arch), lambda: command(argv, model_class))
+
+
+def command(argv, model_class):
+    """What the flags ask for; here all that needs no model. Returns the exit status."""
+    given = parse_flags(argv, model_class)
+    with machine.processes(given.get("device", "auto")) as dist:
+        # where the weights come from: a run to go on with, a checkpoint, Hugging Face, or chance
+        init, log_dir = given.get("init", "scratch"), given.get("log_dir", TrainConfig.log_dir)
+        saved = checkpoint.find_checkpoint(log_dir) if given.get("resume") else None
+        weights = checkpoint.read_weights(init) if init != "scratch" and not saved else None
+        source, path = (saved, saved["path"]) if saved else (weights, init)
+        cfg = make_config(given, saved, weights, dist, model_class)
+        if (cfg.eval_only or cfg.export_hf) and not source:
+            raise UserError(f"--{'eval_only' if cfg.eval_only else 'export_hf'} needs weights: "
+                            "--init PATH, or --resume and a --log_dir that holds a checkpoint")
+        if cfg.export_hf:
+            model = model_class.load(source, path)
+            return checkpoint.export_hf(model, cfg.export_hf) if dist.master_process else 0
+        goes_on = saved is not None and not cfg.eval_only
+        if goes_on:
+            checkpoint.check_flags(cfg, saved)
+            if cfg.inspect is None and checkpoint.is_finished(saved, log_dir):
+                return 0
+
+        # the data; and here the processes compare what may differ between them by accident
+        place = cfg.data or SHARDS
+        data = tokens.Data(place) if needs_data(cfg, place, "data" in given) else None
+        dist.check_same({f"--{k}": v for k, v in given.items()} | {
+            "the automatic --dtype": cfg.dtype,
+            "the checkpoint (--log_dir must be on storage that all nodes share)": saved and path,
+            f"the data in {place}": data and data.fingerprint})
+        decodes = cfg.num_samples or examples_wanted(cfg, dist.device) or cfg.inspect is not None
+        tokenizer = open_tokens(data, source, dist, needed=decodes)
+        if goes_on:
+            checkpoint.check_resume(*({"--data": checkpoint.describe_data(identity)}
+                                      for identity in (data.identity, saved["data"])))
+        if cfg.inspect is not None:
+            check_batch(replace(cfg, B=1), 1)
+            loader = DataLoaderLite(1, cfg.T, 0, 1, data.train, cfg.total_batch_size // cfg.T,
+                                    cfg.shuffle, cfg.seed)
+            return tokens.inspect_step(loader, tokenizer, cfg.inspect) if dist.master_process else 0
+        return run(cfg, dist, model_class, source, path, data, tokenizer, goes_on)
+
+
+def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
+    """Evaluate a model, or train it. Returns the exit status."""
+    rows = None if cfg.eval_only else check_batch(cfg, dist.world_size)
+    check_memory(cfg, dist.device)
+    if cfg.wandb:
+        optional_import("wandb", "--wandb")
+    # stdin belongs to the main process, and only that one samples
+    prompt = encode_prompt(cfg, tokenizer) if dist.master_process else []
+    examples = open_hellaswag(cfg, tokenizer, dist)
+
+    # the model, and how many rows of tokens fit beside it
+    torch.manual_seed(cfg.seed)
+    shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
+    model = model_class.load(source, path) if source else model_class(GPTConfig(**shape))
+    if source:
+        del source["model"]  # once in memory is enough
+    model.to(dist.device)
+    split = choose_B(cfg, rows, model, dist), cfg.T, dist.rank, dist.world_size
+
+    # what it is worth
+    val_loader = None
+    if data and cfg.val_tokens != 0:
+        val_loader = DataLoaderLite(*split, data.val, vocab_size=cfg.vocab_size)
+    stop = StopFlag(dist)
+    evaluator = Evaluator(cfg, dist, model, val_loader, examples, prompt, tokenizer, stop)
+    if cfg.eval_only:
+        evaluate_only(evaluator)
+        return 0
+
+    # what trains it
+    loader = DataLoaderLite(*split, data.train, cfg.total_batch_size // cfg.T, cfg.shuffle,
+                            cfg.seed, cfg.vocab_size)
+    facts = dict(arch=model.arch, config=asdict(model.config), flags=asdict(cfg),
+                 tokenizer=tokenizer.name if tokenizer else "gpt2", data=data.identity)
+    trainer = Trainer(cfg, dist, model, loader, stop, facts, source if goes_on else None)
+    if goes_on:
+        say(f"resuming from {path}, step {trainer.step}")
+
+    # the loop, with the folder of the run opened and closed around it
+    reporter = open_reporter(cfg, dist, trainer, data)
+    try:
+        return train_to_the_end(cfg, dist, trainer, evaluator, reporter, stop)
+    finally:
+        if reporter:
+            reporter.close()
+
+
+def open_reporter(cfg, dist, trainer, data):
+    """What tells of the run: on the main process, else None."""
+    matmul_rate = machine.measure_matmul(dist.device, getattr(torch, cfg.dtype))
+    settings = describe_run(cfg, dist, trainer, data, matmul_rate)
+    check_steps(cfg, trainer.loader.rows_per_step, trainer.loader.n_windows)
+    flops_per_step = trainer.raw_model.flops_per_token(cfg.T) * cfg.total_batch_size
+    dist.barrier()  # every process has passed every check: from here on files are written
+    reporter = None
+    if dist.master_process:
+        reporter = Reporter(cfg.log_dir, settings, trainer.step, cfg.max_steps,
+                            cfg.total_batch_size, matmul_rate * dist.world_size / flops_per_step,
+                            cfg.wandb)
     if not all(dist.gather(os.path.isdir(cfg.log_dir))):
         warn(f"not every node sees {cfg.log_dir}: a resume will need it on shared storage")
+    return reporter
+
+
+def train_to_the_end(cfg, dist, trainer, evaluator, reporter, stop):
+    """The loop, and what is said and saved at its end, whatever ends it. Returns the status."""
+    stop.install()
     try:
-        return train(run)
+        train(cfg, dist, trainer, evaluator, reporter, stop)
+    except Stopped:
+        trainer.save(must=True)
+        say(f"stopped by a signal at step {trainer.step}; the same command with --resume goes on")
+        return stop.status
     except torch.OutOfMemoryError:
-        B, rows = run.loader.B, run.loader.rows_per_step // dist.world_size
-        smaller = next((b for b in range(B - 1, 0, -1) if rows % b == 0), None)
-        raise UserError(f"out of GPU memory with --B {B}: " + (
-            f"use --B {smaller}, a step stays {cfg.total_batch_size} tokens" if smaller else
-            "use a smaller --T or a smaller model")) from None
-    finally:
-        if dist.master_process:
-            run.reporter.close()
-            lock.close()
-
-
-def run_command(given, dist):
-    """What the flags ask for, on this process. Returns the exit status."""
-    dist.check_same(given)
-    aside = [f for f in ("eval_only", "export_hf", "inspect") if given.get(f, False) is not False]
-    saved, init = None, (None, None, {})
-    if given.get("resume"):
-        saved = load_for_resume(given.get("log_dir", TrainConfig.log_dir), dist)
-    if not saved:
-        name = given.get("init", "scratch")
-        if name in GPT2_SIZES and dist.world_size > 1:  # one downloads, then all read its cache
-            dist.together(lambda: GPT.from_pretrained(name) if dist.master_process else None)
-        if name != "scratch":
-            init = dist.together(load_weights, name)
-        elif aside and aside != ["inspect"]:
-            raise UserError(f"--{aside[0]} needs weights: --init PATH, or --resume and a --log_dir "
-                            "that holds a checkpoint")
-    cfg = dist.together(build_config, given, saved, init, dist)
-    dist.check_same({"dtype": cfg.dtype}, "the GPUs are of several kinds: give --dtype float16")
-    if cfg.export_hf:
-        model = init[0] or load_model(saved, "the checkpoint")
-        return export_hf(model, cfg.export_hf) if dist.master_process else 0
-    if saved and not cfg.eval_only:
-        dist.together(check_resume, *({f"--{k}": v for k, v in flags.items() if k not in ELASTIC}
-                                      for flags in (asdict(cfg), saved["flags"])))
-        if saved["step"] == cfg.max_steps and saved["val_loss"] is not None and not aside:
-            say(f"the run in {cfg.log_dir} is finished: {cfg.max_steps} steps, validation loss "
-                f"{saved['val_loss']:.4f}")
-            return 0
-    n_examples = cfg.hellaswag
-    if n_examples is None:
-        n_examples = 0 if dist.device.type == "cpu" else 10042
-    data = open_data(cfg.data or SHARDS, saved["tokenizer"] if saved else init[1], dist,
-                     needed=cfg.num_samples or n_examples or cfg.inspect is not None,
-                     optional=cfg.eval_only and "data" not in given)
-    if saved and not cfg.eval_only:
-        dist.together(check_resume, *({"--data": describe_data(identity)}
-                                      for identity in (data.identity, saved["data"])))
-    if cfg.inspect is not None:
-        check_batch(replace(cfg, B=1), 1)
-        loader = DataLoaderLite(1, cfg.T, 0, 1, data.train, cfg.total_batch_size // cfg.T,
-                                cfg.shuffle, cfg.seed)
-        return inspect_step(loader, data.tokenizer, cfg.inspect) if dist.master_process else 0
-    run = make_run(cfg, saved, init[0], data, n_examples, dist)
-    return evaluate_only(run) if cfg.eval_only else train_and_report(run, saved)
-
-
-def main(argv=None):
-    def command():
-        given = parse_flags(argv)
-        with processes(given.get("device", "auto")) as dist:
-            return run_command(given, dist)
-
-    run_main("train_gpt2.py", command)
+        rows = trainer.loader.rows_per_step // dist.world_size
+        smaller = [f"--B {b}" for b in range(1, trainer.loader.B) if rows % b == 0]
+        raise UserError(f"out of GPU memory with --B {trainer.loader.B}: use "
+                        f"{smaller[-1] if smaller else 'a smaller --T or model'}, a step stays "
+                        f"{cfg.total_batch_size} tokens") from None
+    if reporter:
+        rate = reporter.tokens_per_second
+        rate = f", {rate:,.0f} tok/s" if rate else ""
+        loss = "" if trainer.val_loss is None else f", validation loss {trainer.val_loss:.4f}"
+        say(f"done: {cfg.max_steps} steps, {cfg.max_steps * cfg.total_batch_size:,} tokens{rate}"
+            f"{loss}")
+        say(f"try next: {what_next(cfg, dist.device, program(trainer.raw_model.arch))}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,32 @@
-"""What the tests share: a tiny model's flags, fake shards, and the commands run as a user does."""
+"""What the tests share: a tiny model's flags, fake shards, runs, and how two runs are compared.
+
+Which promise is held where:
+
+    test_train         the numbers are build-nanogpt's; the smoke run; evaluate, sample, export
+    test_model         the model, its loss, sampling and schedule, against formulas and other code
+    test_modern        the sequel's recipe, and that it is a run like any other
+    test_data          the batch of a step; test_tokens: how text, shards and manifests are read
+    test_kills         killed anywhere or stopped by a signal, a run goes on as if nothing had been
+    test_disk          a disk that is full or fails takes nothing that was good
+    test_checkpoint    a checkpoint is plain data, proved whole, and yesterday's still serve
+    test_errors        a mistake is one line that names the fix, and status 2, before time is spent
+    test_ranks         so it is on several processes; whatever one of them does, none hangs
+    test_distributed   any number of processes, sharded or compiled, makes the same run
+    test_house         who may import whom, how long a function may be, what an import costs
+    test_fineweb, test_hellaswag, test_plot: the other commands; processes.py starts the runs
+"""
 
 import os
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import ROOT, Forks
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 if (SHARED / "tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
@@ -48,7 +66,7 @@ def command(*flags, processes=1):
     return [*start, str(ROOT / "train_gpt2.py"), *map(str, flags)]
 
 
-def train(*flags, cwd, processes=1, timeout=180, **env):
+def train(*flags, cwd, processes=1, timeout=900, **env):
     """Run train_gpt2.py to its end; a CompletedProcess with text output."""
     return subprocess.run(command(*flags, processes=processes), cwd=cwd, capture_output=True,
                           text=True, timeout=timeout, env=os.environ | env,
@@ -59,6 +77,100 @@ def read_log(folder, name="log.txt"):
     """log.txt as {(step, stream): value as written}."""
     lines = (Path(folder) / name).read_text().splitlines()
     return {(int(step), stream): value for step, stream, value in (x.split() for x in lines)}
+
+
+# -----------------------------------------------------------------------------
+# Runs, and what is compared
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Starts runs in a moment: see processes.py."""
+    forks = Forks(tmp_path_factory.mktemp("console"))
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Three odd-sized shards of 95 windows in all: the runs of 192 rows end the epoch twice."""
+    return write_shards(tmp_path_factory.mktemp("data"), sizes=(700, 500, 333), val=1001)
+
+
+@pytest.fixture
+def flags(data):
+    return [*TINY, f"--data={data}"]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(forks, data, tmp_path_factory):
+    """The log_dir of a run that nobody disturbs; lines.json beside it counts what it executed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    count = f"count_lines({str(folder / 'lines.json')!r})"
+    forks.run(*TINY, f"--data={data}", cwd=folder, patch=count).good()
+    return folder / "log"
+
+
+@pytest.fixture
+def rng():
+    """For what a test draws by chance; where it fails, pytest shows the seed."""
+    seed = int(os.environ.get("TEST_SEED", random.randrange(10**6)))
+    print(f"TEST_SEED={seed}")
+    return random.Random(seed)
+
+
+def weights(folder, name="last.pt"):
+    """A checkpoint as torch alone reads it."""
+    import torch
+
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def equal(a, b):
+    """Two nests of plain data, tensors compared bit by bit."""
+    if hasattr(a, "dtype"):
+        return a.dtype == b.dtype and a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def differing_lines(a, b, name="log.txt"):
+    a, b = ((Path(x) / name).read_bytes().split(b"\n") for x in (a, b))
+    return sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b))
+
+
+def assert_same_end(folder, undisturbed):
+    """Log, weights and optimizer of a finished run are those of the undisturbed one."""
+    folder, undisturbed = Path(folder), Path(undisturbed)
+    assert (folder / "log.txt").read_bytes() == (undisturbed / "log.txt").read_bytes()
+    a, b = weights(folder), weights(undisturbed)
+    for part in ("step", "model", "optimizer", "val_loss", "rng"):
+        assert equal(a[part], b[part]), part
+    kept = {p.name for p in undisturbed.glob("model_*.pt")}
+    assert {p.name for p in folder.glob("model_*.pt")} == kept
+    assert not list(folder.glob("*.tmp"))
+
+
+def assert_close(log, reference):
+    """Two logs of another number of processes, or another B: the same but for rounding."""
+    assert log.keys() == reference.keys()
+    for (step, stream), value in reference.items():
+        atol = dict(train=1e-5, val=1.1e-4, norm=2e-3)[stream]
+        assert abs(float(log[step, stream]) - float(value)) <= atol, (step, stream)
+
+
+def copy_until_8(undisturbed, folder):
+    """A log_dir as a run killed after its save at step 8 leaves it."""
+    folder = Path(folder)
+    shutil.copytree(undisturbed, folder)
+    (folder / "model_00012.pt").unlink()
+    (folder / "last.pt").unlink()
+    os.link(folder / "model_00008.pt", folder / "last.pt")
+    assert weights(folder)["step"] == 8
+    return folder
 
 
 @pytest.fixture

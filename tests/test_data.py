@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT, TINY, write_shards
 
 import train_gpt2
-from common import UserError
-from tokens import EOT, Tokenizer, open_shards
+from plumbing.errors import UserError
+from plumbing.tokens import EOT, Tokenizer, open_shards
 from train_gpt2 import DataLoaderLite
 
 
@@ -146,7 +146,7 @@ MEMORY = """
 import os, resource, sys, time
 import psutil
 sys.path.insert(0, {root!r})
-from tokens import open_shards
+from plumbing.tokens import open_shards
 from train_gpt2 import DataLoaderLite
 
 process = psutil.Process()
@@ -238,19 +238,25 @@ def main(monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_token_beyond_the_vocabulary(tmp_path, main):
-    """Named with its shard and offset before training begins, although step 0 does not read it."""
+@pytest.mark.parametrize("offset, saved", [(9, None), (1100, 4)])
+def test_token_beyond_the_vocabulary(tmp_path, main, offset, saved):
+    """Named with its shard and offset: before anything is written where the first batch has it,
+    else at the step that would read it, of 256 tokens; what was saved before is untouched."""
     folder = write_shards(tmp_path / "shards", sizes=(3000, 3000))
-    path = tmp_path / "shards" / "edufineweb_train_000002.npy"
+    path = tmp_path / "shards" / "edufineweb_train_000001.npy"
     tokens = np.load(path)
-    tokens[2345] = 512
+    tokens[offset] = 512
     np.save(path, tokens)
     status, out, err = main(f"--data={folder}")
     assert status == 2 and len(err.splitlines()) == 1, err
-    assert all(x in err for x in (path.name, "512", "2345", "--vocab_size")), err
-    assert not (tmp_path / "log").exists() and "step     0" not in out
+    assert all(x in err for x in (path.name, "512", str(offset), "--vocab_size")), err
+    if saved is None:
+        assert not (tmp_path / "log").exists() and "step     0" not in out
+    else:
+        assert torch.load(tmp_path / "log" / "last.pt", weights_only=True)["step"] == saved
+        assert f"step     {offset // 256 - 1}" in out and f"step     {offset // 256} " not in out
     loader = DataLoaderLite(8, 16, 0, 1, open_shards(folder, "train"), vocab_size=512)
-    with pytest.raises(UserError, match=f"{path.name}.* 512 .*2345"):
+    with pytest.raises(UserError, match=f"{path.name}.* 512 .*{offset}"):
         for _ in range(60):
             loader.next_batch()
     status, out, err = main(f"--data={folder}", "--vocab_size=513", "--max_steps=1",

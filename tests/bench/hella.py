@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import hellaswag  # noqa: E402
-from tokens import get_tokenizer  # noqa: E402
+from plumbing.tokens import get_tokenizer  # noqa: E402
 from train_gpt2 import GPT, GPTConfig  # noqa: E402
 
 
@@ -48,7 +48,7 @@ def packed(model, examples, device):
     predictions = [0] * len(examples)
     size = hellaswag.BATCH_TOKENS["cpu" if device == "cpu" else "cuda"]
     for share in hellaswag.shares(examples, 0, 1, size):
-        _, means = hellaswag.score_batch(model, hellaswag.collate(share, device))
+        _, means = hellaswag.score_batch(model, share, device)
         for example, choice in zip(share, means.argmin(dim=1).tolist(), strict=True):
             predictions[place[id(example)]] = choice
     return predictions

@@ -27,11 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import loss  # noqa: E402
-from machine import measure_matmul, synchronize  # noqa: E402
+import train_gpt2  # noqa: E402
+from plumbing.machine import measure_matmul, synchronize  # noqa: E402
 from train_gpt2 import GPT, GPTConfig  # noqa: E402
 
-LEAN = dict(loss.CHUNK_ROWS)
+LEAN = dict(train_gpt2.CHUNK_ROWS)
 PLAIN = dict(tf32=False, bf16=False, compile=False, flash=False, vocab=50257, fused=False,
              lean=False, prefetch=False)
 STEPS = [("tf32", dict(tf32=True)), ("bf16", dict(bf16=True)), ("compile", dict(compile=True)),
@@ -80,7 +80,7 @@ class Rung:
     def step(self):
         s, kind = self.s, torch.device(self.args.device).type
         torch.set_float32_matmul_precision("high" if s["tf32"] and kind == "cuda" else "highest")
-        loss.CHUNK_ROWS = LEAN if s["lean"] else dict.fromkeys(LEAN, 2**40)
+        train_gpt2.CHUNK_ROWS = LEAN if s["lean"] else dict.fromkeys(LEAN, 2**40)
         sdpa = contextlib.nullcontext() if s["flash"] else sdpa_kernel(SDPBackend.MATH)
         x, y = self.batch if s["prefetch"] else self.fetch()
         low = s["bf16"] and self.args.dtype == "bfloat16"

@@ -39,7 +39,7 @@ def whole_shards(folder, B, T):
 
 
 def by_position(folder, B, T, shuffle):
-    from tokens import open_shards
+    from plumbing.tokens import open_shards
     from train_gpt2 import DataLoaderLite
 
     loader = DataLoaderLite(B, T, 0, 1, open_shards(folder, "train"), shuffle=shuffle)

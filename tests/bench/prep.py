@@ -1,12 +1,13 @@
 """
 Making shards: build-nanogpt's way against fineweb.py's, on the same documents.
 
-    python tests/bench/prep.py [--megabytes 300] [--rounds 3] [--files]
+    python tests/bench/prep.py [--megabytes 300] [--rounds 3] [--files] [--other FOLDER]
 
 The old way: half the cores, each document pickled to a worker as a row of the data set, its tokens
 pickled back, a shard saved when its array is full. Ours is the whole command, from its start to its
 end, with imports, hashes, fsyncs and the manifest; "without start" leaves out what the same command
-takes for a single token. "tiktoken alone" is encode_ordinary on a part of the documents in one
+takes for a single token. --other names another copy of the project, whose fineweb.py takes its turn
+too. "tiktoken alone" is encode_ordinary on a part of the documents in one
 process. Needs GPT-2's vocabulary, and a machine that does nothing else.
 """
 
@@ -29,6 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import fineweb  # noqa: E402
+from plumbing.tokens import get_tokenizer  # noqa: E402
 
 
 def write_documents(path, megabytes):
@@ -87,10 +89,10 @@ def old_way(data, folder, shard_size):
     return total
 
 
-def our_way(folder, *flags):
-    """(seconds, most resident memory of the parent in MB) of the command."""
+def our_way(root, folder, *flags):
+    """(seconds, most resident memory of the parent in MB) of the command in the project `root`."""
     began, peak = time.perf_counter(), 0
-    command = [sys.executable, str(ROOT / "fineweb.py"), "--out", folder, *flags]
+    command = [sys.executable, os.path.join(root, "fineweb.py"), "--out", folder, *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         with contextlib.suppress(OSError, IndexError):  # Linux only
@@ -127,6 +129,7 @@ def measure(top, args):
     sample = data[: len(data) // 8]["text"]
     flags = ["--files", path] if args.files else ["--dataset", source]
     flags += ["--shard_size", str(args.shard_size)]
+    roots = {"ours": ROOT, **({"the other copy": args.other} if args.other else {})}
     for i in range(args.rounds):
         old, new, short = (os.path.join(top, f"{kind}{i}") for kind in ("old", "new", "short"))
         os.mkdir(old)
@@ -134,15 +137,17 @@ def measure(top, args):
         began = time.perf_counter()
         tokens = old_way(data, old, args.shard_size)
         yield "the old way", tokens / (time.perf_counter() - began), 0
-        start, _ = our_way(short, *flags, "--max_tokens", "1")
-        seconds, peak = our_way(new, *flags)
-        yield "ours", tokens / seconds, peak
-        yield "ours without start", tokens / (seconds - start), peak
-        for name in os.listdir(old):
-            a, b = (pathlib.Path(folder, name).read_bytes() for folder in (old, new))
-            assert a == b, f"{name} differs"
+        for way, root in roots.items():
+            start, _ = our_way(root, short, *flags, "--max_tokens", "1")
+            seconds, peak = our_way(root, new, *flags)
+            yield way, tokens / seconds, peak
+            yield f"{way} without start", tokens / (seconds - start), peak
+            for name in os.listdir(old):
+                a, b = (pathlib.Path(folder, name).read_bytes() for folder in (old, new))
+                assert a == b, f"{name} differs"
+            shutil.rmtree(short)
+            shutil.rmtree(new)
         shutil.rmtree(old)
-        shutil.rmtree(new)
 
 
 def main():
@@ -151,8 +156,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts (3)")
     parser.add_argument("--shard_size", type=int, default=20_000_000, help="tokens (20000000)")
     parser.add_argument("--files", action="store_true", help="ours reads the parquet file itself")
+    parser.add_argument("--other", metavar="FOLDER", help="another copy of the project")
     args = parser.parse_args()
-    if why := fineweb.get_tokenizer().why:
+    if why := get_tokenizer().why:
         sys.exit(f"prep.py: error: GPT-2's vocabulary is needed: {why}")
     rates, peaks = {}, {}
     with tempfile.TemporaryDirectory() as top:

@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train_gpt2  # noqa: E402
+from plumbing.errors import leave  # noqa: E402
+from plumbing.machine import synchronize  # noqa: E402
 
 MODEL = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
@@ -64,47 +66,42 @@ def state_bytes(optimizers):
                for o in owners for state in o.state.values() for v in state.values())
 
 
-def measure(run):
-    """A trained run of one process -> the figures of this number of processes."""
-    cuda, args = run.dist.device.type == "cuda", ARGS
+def measure(dist, trainer):
+    """Steps of the trainer on one process -> the figures of this number of processes."""
     seconds = {"with": [], "without": []}
-    train_step = train_gpt2.train_step
 
     def step(kind):
-        whole = run.ddp and kind == "without"
-        run.dist.sum([0])  # all begin together
+        alone = dist.world_size > 1 and kind == "without"
+        dist.barrier()  # all begin together
         start = time.perf_counter()
-        with run.ddp.no_sync() if whole else contextlib.nullcontext():
-            train_step(run)  # ends with a wait for the device
-        if cuda:
-            torch.cuda.synchronize()
+        with trainer.model.no_sync() if alone else contextlib.nullcontext():
+            trainer.update(1e-9)  # ends with a wait for the device
+        synchronize(dist.device)
         seconds[kind].append(time.perf_counter() - start)
 
-    for _ in range(args.steps):
+    for _ in range(ARGS.steps):
         step("with")
-        if run.dist.world_size > 1:
+        if dist.world_size > 1:
             step("without")  # the ranks drift apart from here on: the time is all that counts
-    everybody = run.dist.gather(state_bytes(run.optimizers))
+    everybody = dist.gather(state_bytes(trainer.optimizers))
     medians = {k: statistics.median(v[3:]) for k, v in seconds.items() if v}
-    return dict(seconds=max(run.dist.gather(medians["with"])), state=everybody,
-                alone=max(run.dist.gather(medians.get("without", medians["with"]))),
-                gradient=4 * sum(p.numel() for p in run.raw_model.parameters()))
+    return dict(seconds=max(dist.gather(medians["with"])), state=everybody,
+                alone=max(dist.gather(medians.get("without", medians["with"]))),
+                gradient=4 * sum(p.numel() for p in trainer.raw_model.parameters()))
 
 
 def worker(path):
     """One process of a run: the trainer as far as its loop, which is replaced by measure()."""
-    settings = json.loads(Path(path).read_text())
 
-    def loop(run):
-        run.loader.reset(0)
-        run.fetch_batch()
-        found = measure(run)
-        if run.dist.master_process:
+    def loop(cfg, dist, trainer, *_):
+        found = measure(dist, trainer)
+        if dist.master_process:
             Path(path).with_suffix(".out").write_text(json.dumps(found))
-        return 1  # no closing line about a run that never was
+        dist.barrier()
+        leave(0)  # no closing line about a run that never was
 
     train_gpt2.train = loop
-    train_gpt2.main(settings)
+    train_gpt2.main(json.loads(Path(path).read_text()))
 
 
 def launch(args, folder, world_size, zero):

@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,10 +22,8 @@ from collections import Counter
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
-from conftest import TINY, write_shards  # noqa: E402
-from test_resume import (  # noqa: E402
-    Forks, Torchrun, differing_lines, equal, gone, weights, workers_of,
-)
+from conftest import TINY, differing_lines, equal, weights, write_shards  # noqa: E402
+from processes import Forks, assert_gone  # noqa: E402
 
 FLAGS = [*TINY, "--total_batch_size=512", "--max_steps=40", "--val_tokens=4000", "--save_every=3",
          "--checkpoint_every=9"]
@@ -49,43 +46,37 @@ def moment(text):
     return "start-up"
 
 
+def start(forks, kind, flags, folder):
+    if kind == "processes":
+        return forks.torchrun(2, *flags, cwd=folder)
+    return forks.start(*flags, cwd=folder)
+
+
 def killed(forks, kind, flags, folder, seconds, rng):
     """One run with --resume, killed at a random moment: that moment, or None where it ended."""
-    flags = [*flags, "--log_dir=log", "--resume"]
-    wait = rng.uniform(0, seconds)
+    run = start(forks, kind, [*flags, "--log_dir=log", "--resume"], folder)
+    end = time.monotonic() + rng.uniform(0, seconds)
+    while time.monotonic() < end and run.poll() is None:
+        time.sleep(0.001)
     if kind != "processes":
-        run = forks.start(*flags, cwd=folder)
-        end = time.monotonic() + wait
-        while time.monotonic() < end and run.poll() is None:
-            time.sleep(0.001)
-        if run.kill().end(600).status == -signal.SIGKILL:
+        if run.kill().end().status == -signal.SIGKILL:
             return moment(run.stdout)
         return run.good() and None
-    with Torchrun(*flags, cwd=folder) as job:
-        try:
-            job.process.wait(wait)
-        except subprocess.TimeoutExpired:
-            workers = workers_of(job.process.pid)
-            victim = rng.choice([*workers, "torchrun"])
-            os.kill(workers.get(victim, job.process.pid), signal.SIGKILL)
-            said, start = job.text, time.monotonic()
-            job.process.wait(60)
-            assert gone(str(forks.folder), 60), f"left behind after the end of {victim}"
-            rest = time.monotonic() - start
-            return f"{moment(said)} of {victim}, all gone {rest:.1f} s later"
-        assert job.process.returncode == 0, job.text
-        return None
+    if run.poll() is not None:
+        return run.good() and None
+    workers, said, begin = run.workers(), run.stdout, time.monotonic()
+    victim = rng.choice([*workers, "torchrun"])
+    os.kill(workers.get(victim, run.pid), signal.SIGKILL)
+    run.end()
+    assert_gone(run.out)
+    return f"{moment(said)} of {victim}, all gone {time.monotonic() - begin:.1f} s later"
 
 
 def whole(forks, kind, flags, folder, name):
     """One run to its end; its seconds."""
-    start, flags = time.monotonic(), [*flags, f"--log_dir={folder / name}"]
-    if kind != "processes":
-        forks.start(*flags, cwd=folder).end(600).good()
-    else:
-        with Torchrun(*flags, cwd=folder) as job:
-            assert job.process.wait(600) == 0, job.text
-    return time.monotonic() - start
+    begin = time.monotonic()
+    start(forks, kind, [*flags, f"--log_dir={folder / name}"], folder).end().good()
+    return time.monotonic() - begin
 
 
 def compare(folder, total):

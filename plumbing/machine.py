@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import platform
 import signal
 import sys
 import threading
@@ -16,20 +17,25 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from common import AgreedError, RunError, UserError, is_main_process, one_line, warn
+from plumbing.errors import UserError, is_out_of_memory, one_line, rank, say, warn
 
 # -----------------------------------------------------------------------------
 # Processes: one, or several under torchrun
 
-GROUP_START_SECONDS = 60  # a process group that has not formed by then never will
+GROUP_START_SECONDS = 300  # cold nodes take their time; a group that has not formed by then won't
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # one process may save this long while the others wait
 
 
 @dataclass(frozen=True)
 class Dist:
-    """This process among all, and what they do together. One process is the plain case."""
+    """This process among all, and what they do together. One process is the plain case.
+
+    No process that fails communicates any more (plumbing/errors.py), so these stand on the path
+    of success only, in the same order on all processes.
+    """
 
     rank: int
+    local_rank: int
     world_size: int
     device: torch.device
 
@@ -56,32 +62,29 @@ class Dist:
             torch.distributed.all_gather_object(box, value)
         return box
 
-    def check_same(self, flags, fix="start all processes with the same flags"):
-        """All processes must have the same flags, a dict."""
-        everybody = self.gather(flags)
-        for rank, other in enumerate(everybody):
+    def once_per_machine(self, fn):
+        """fn() on one process of each machine while the others wait; the UserErrors it raised."""
+        error = None
+        if self.local_rank == 0:
+            try:
+                fn()
+            except UserError as e:
+                error = e
+        return [e for e in self.gather(error) if e]
+
+    def barrier(self):
+        """Wait until every process is here: none of them has failed so far."""
+        self.gather(None)
+
+    def check_same(self, facts):
+        """UserError on all processes where `facts`, {what: value}, are not the same on all."""
+        everybody = self.gather(facts)
+        for other_rank, other in enumerate(everybody):
             for name in sorted(everybody[0].keys() | other.keys()):
                 first, here = (f.get(name, "not given") for f in (everybody[0], other))
                 if repr(first) != repr(here):  # nan is not equal to itself
-                    raise AgreedError(f"--{name} is {first} on rank 0 but {here} on rank {rank}: "
-                                      + fix)
-
-    def together(self, fn, *args):
-        """fn(*args) on every process; a UserError or RunError of any of them is raised on all.
-
-        fn must not communicate: a process that fails would leave the others waiting.
-        """
-        result = error = None
-        try:
-            result = fn(*args)
-        except (UserError, RunError) as e:
-            error = (AgreedError if isinstance(e, UserError) else RunError), str(e)
-        errors = self.gather(error)
-        for rank, failure in enumerate(errors):
-            if failure:
-                where = "" if rank == 0 or all(errors) else f"on rank {rank}: "
-                raise failure[0](where + failure[1])
-        return result
+                    raise UserError(f"{name} is {first} on rank 0 but {here} on rank {other_rank}: "
+                                    "start all processes alike")
 
 
 def choose_device(name, local_rank, local_world_size):
@@ -113,43 +116,42 @@ def choose_device(name, local_rank, local_world_size):
 @contextlib.contextmanager
 def processes(device_name):
     """Yield this process's Dist, inside a process group where torchrun started several."""
+    env = read_environment()
+    device = choose_device(device_name, env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"])
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
+    dist = Dist(env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"], device)
+    if dist.world_size == 1:
+        yield dist
+        return
+    watchdog = threading.Timer(GROUP_START_SECONDS, give_up)
+    watchdog.daemon = True
+    watchdog.start()
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT,
+                                         device_id=device if cuda else None)
+    dist.barrier()
+    watchdog.cancel()
+    yield dist
+    # Not after an error: a group that is taken down makes the others fail first, with a message
+    # that hides the right one.
+    torch.distributed.destroy_process_group()
+
+
+def read_environment():
+    """torchrun's numbers for this process, or those of one process alone."""
     defaults = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)
     env = {k: os.environ.get(k, str(v)) for k, v in defaults.items()}
     for name, value in env.items():
         if not value.isdigit():
             raise UserError(f"{name}={value} in the environment is not a number: start with "
                             "torchrun, or unset it")
-    env = {k: int(v) for k, v in env.items()}
-    world_size = env["WORLD_SIZE"]
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if world_size > 1 and missing:
-        raise UserError(f"WORLD_SIZE is {world_size} but {', '.join(sorted(missing))} is not set: "
-                        "start with torchrun")
-    device = choose_device(device_name, env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
-    dist = Dist(env["RANK"], world_size, device)
-    if world_size == 1:
-        yield dist
-        return
-    watchdog = threading.Timer(GROUP_START_SECONDS, give_up)
-    watchdog.daemon = True
-    watchdog.start()
-    done = False
-    try:
-        torch.distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT,
-            device_id=device if device.type == "cuda" else None)
-        dist.gather(None)
-        watchdog.cancel()
-        yield dist
-        done = True
-    finally:
-        watchdog.cancel()
-        # After an error NCCL could wait here for processes that are gone: run_main ends it hard.
-        if torch.distributed.is_initialized() and (done or device.type == "cpu"):
-            torch.distributed.destroy_process_group()
+    if int(env["WORLD_SIZE"]) > 1 and missing:
+        raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']} but {', '.join(sorted(missing))} is "
+                        "not set: start with torchrun, or unset WORLD_SIZE")
+    return {k: int(v) for k, v in env.items()}
 
 
 def give_up():
@@ -159,13 +161,21 @@ def give_up():
     os._exit(1)
 
 
+# -----------------------------------------------------------------------------
+# Signals
+
 PARENT = os.getppid()  # torchrun, where it is alive
+
+
+class Stopped(Exception):
+    """A signal asked for the end. All processes raise it at the same place."""
 
 
 class StopFlag:
     """Set by SIGTERM, Ctrl-C or the death of torchrun; a second signal stops at once."""
 
-    def __init__(self):
+    def __init__(self, dist):
+        self.dist = dist
         self.signum, self.since = 0, 0.0
         self.agreed = False  # all processes know
         self.elastic = "TORCHELASTIC_RUN_ID" in os.environ
@@ -188,10 +198,15 @@ class StopFlag:
             self.signum = self.signum or signal.SIGTERM
         return self.signum
 
-    def anywhere(self, dist):
-        """Whether any process wants to stop; all must call it."""
-        self.agreed = sum(dist.sum([self.here()])) > 0
-        return self.agreed
+    def check(self):
+        """Raise Stopped on all processes where any of them wants to stop; all must call it."""
+        self.agreed = self.agreed or sum(self.dist.sum([self.here()])) > 0
+        self.raise_agreed()
+
+    def raise_agreed(self):
+        """Raise Stopped where all processes have agreed to stop."""
+        if self.agreed:
+            raise Stopped
 
     @property
     def status(self):
@@ -199,7 +214,7 @@ class StopFlag:
 
 
 # -----------------------------------------------------------------------------
-# The device
+# Optimizers, plain or shared out over the processes
 
 
 def make_optimizer(kind, groups, zero, **settings):
@@ -210,6 +225,15 @@ def make_optimizer(kind, groups, zero, **settings):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     return ZeroRedundancyOptimizer(groups, optimizer_class=kind, **settings)
+
+
+def describe_muon(matrices, steps, zero):
+    """Say what Muon's Newton-Schulz iteration costs: 4 m m n + 2 m m m per step of it and matrix
+    (m rows, n columns, m <= n)."""
+    sizes = [sorted(p.shape) for p in matrices]
+    flops = steps * sum(4 * m * m * n + 2 * m**3 for m, n in sizes)
+    share = "shared out over the processes" if zero else "done by each process; --zero shares it"
+    say(f"using Muon for {len(matrices)} matrices: {flops / 1e12:.3g} TFLOP a step, {share}")
 
 
 def optimizer_state(optimizer, dist):
@@ -254,6 +278,10 @@ def load_optimizer(optimizer, state):
         optimizer.state.clear()
 
 
+# -----------------------------------------------------------------------------
+# The device
+
+
 def best_dtype(device):
     """bfloat16 where the device does it well, float16 on older CUDA cards, else float32."""
     if device.type != "cuda":
@@ -270,7 +298,9 @@ def synchronize(device):
 def measure_matmul(device, dtype):
     """FLOP/s that a large matrix product reaches on this device; takes about half a second."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    own = torch.Generator(device)  # a resume has restored the other one
+    a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
+    a @ b  # the first product on a GPU also loads its kernels
     best, spent = math.inf, 0.0
     synchronize(device)
     while spent < 0.5:
@@ -282,24 +312,88 @@ def measure_matmul(device, dtype):
     return 2 * n**3 / best
 
 
-def fits_gpu(attempt, n_bytes, device):
-    """Whether attempt() runs beside n_bytes and a twentieth of the GPU's memory."""
-    n_bytes += torch.cuda.get_device_properties(device).total_memory // 20
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+# Dense bfloat16 TFLOP/s by the makers' data sheets; float16 on the T4 and the V100, which have no
+# bfloat16. The first name that is part of the card's own counts.
+DATA_SHEETS = {"B200": 2250, "GH200": 989, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756,
+               "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "4090": 165,
+               "3090": 71, "V100": 125, "T4": 65}
+
+
+def share_of_peak(name, dtype, flops):
+    """In words: the share of a known card's peak that `flops` are. What papers call MFU is the
+    console's mfu times this."""
+    peak = next((peak for card, peak in DATA_SHEETS.items() if card in name), None)
+    if dtype == "float32" or peak is None:
+        return ""
+    return f", {flops / 1e10 / peak:.0f}% of the data sheet's {peak}"
+
+
+def memory_bytes(device):
+    """All the memory that the device has; math.inf where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def fits_gpu(attempt, size, n_bytes, device):
+    """Whether attempt(size) runs beside n_bytes and a twentieth of the GPU's memory."""
+    n_bytes += memory_bytes(device) // 20
+    if os.name == "nt":  # there memory spills to the host instead of failing
+        torch.cuda.set_per_process_memory_fraction(0.95, device)
     try:
         reserve = torch.empty(n_bytes, dtype=torch.uint8, device=device)
-        attempt()
+        attempt(size)
         synchronize(device)
         del reserve
         return True
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
         return False
     finally:
         torch.cuda.empty_cache()
 
 
+def attention_of_any_shape():
+    """A context in which scaled_dot_product_attention leaves cuDNN alone: on Hopper it would plan
+    for seconds for every new shape, and an evaluation has dozens. On a CPU it changes nothing."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                        SDPBackend.MATH])
+
+
+def wrap(model, dist, wants_compile):
+    """(the model in DDP and then compiled, the order that torch wants; whether it is compiled).
+
+    wants_compile: None = on CUDA.
+    """
+    cuda = dist.device.type == "cuda"
+    if dist.world_size > 1:
+        # 100 MB a message: fewer cuts through the compiled graph than with torch's 25
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[dist.device.index] if cuda else None, gradient_as_bucket_view=True,
+            bucket_cap_mb=100)
+    wanted = cuda if wants_compile is None else wants_compile
+    if not all(dist.gather(wanted and can_compile(dist.device))):
+        return model, False
+    if not cuda:
+        # the compiled embedding backward adds atomically: without this no two runs are equal
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    return torch.compile(model), True
+
+
 def can_compile(device):
     """Whether torch.compile works here; where it does not, a warning says why."""
-    if not is_main_process():  # what the compiler warns of is said once
+    if rank():  # what the compiler warns of is said once
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))

@@ -3,6 +3,7 @@ Weights and checkpoints as files: written whole, proved whole when read, and har
 
 A checkpoint is a dict of plain data that torch.load(weights_only=True) reads without this code:
 
+    arch        "gpt2" (also where it is missing) or "modern": which command it belongs to
     model       weights under GPT-2's names, without the prefixes of torch.compile and DDP
     optimizer   {"adamw": state_dict, ...}, the same with and without --zero
     scaler      state of the float16 scaler, {} without one
@@ -10,6 +11,7 @@ A checkpoint is a dict of plain data that torch.load(weights_only=True) reads wi
     config      shape of the model; flags: all flags of the run
     tokenizer   "gpt2" or "bytes"; data: which tokens the run reads, whatever the path
     val_loss    at this step, None where it was not taken; rng: torch's random state
+    finished    whether the run is at its end and has evaluated there
 """
 
 import glob
@@ -18,17 +20,17 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
 import time
 import zipfile
 import zlib
+from dataclasses import asdict
 
 import torch
 
-from common import (
-    RunError, UserError, atomic_write, keep_copy, one_line, optional_import, say, warn,
-)
+from plumbing.errors import RunError, UserError, one_line, optional_import, say, warn
+from plumbing.files import atomic_write, keep_copy
+from plumbing.flags import MATHEMATICS, names_of
 
 
 class PickledConfig:
@@ -91,53 +93,41 @@ def save_checkpoint(state, folder, keep=False, must=False):
         warn(f"{message}; training goes on and the next save tries again")
 
 
+def peek(path):
+    """The dict of a checkpoint without its tensors; whatever torch raises where it is damaged."""
+    return torch.load(path, map_location="meta", mmap=True, weights_only=True)
+
+
 def saved_step(path):
-    """The step of a checkpoint: from its name, or from the file without reading its tensors. A
-    file that cannot be read counts as the newest, so that a resume tries it and names it."""
+    """The step of a checkpoint. One that cannot be read counts as the newest, so that a resume
+    tries it and names it."""
     number = re.search(r"model_(\d+)\.pt$", path)
     try:
-        return int(number[1] if number else torch.load(path, mmap=True, weights_only=True)["step"])
+        return int(number[1] if number else peek(path)["step"])
     except Exception:  # a damaged pickle raises whatever it likes
         return math.inf
 
 
 def find_checkpoint(folder):
-    """(path, checkpoint) of the newest good one in `folder`, (None, None) where there is none."""
+    """The newest good checkpoint in `folder`, with its "path"; None where there is none."""
     paths = glob.glob(os.path.join(glob.escape(folder), "model_*.pt"))
-    paths.sort(key=saved_step, reverse=True)
     last = os.path.join(folder, "last.pt")
     if os.path.exists(last):  # older than model_N.pt where a save was killed between the two
-        step = saved_step(last)
-        paths.insert(sum(saved_step(path) > step for path in paths), last)
+        paths.insert(0, last)
+    paths.sort(key=saved_step, reverse=True)
     for path in paths:
         try:
             checkpoint = read_checkpoint(path)
             needed = {"optimizer", "flags", "data", "step", "tokenizer", "scaler", "rng"}
             if not needed <= checkpoint.keys():
                 raise UserError(f"{path} holds weights only: start from it with --init")
-            return path, checkpoint
+            return checkpoint | {"path": path}
         except UserError as e:
             warn(f"{e}" + ("; trying the next older one" if path != paths[-1] else ""))
     if paths:
         raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be resumed; to "
                         "start afresh, leave out --resume")
-    return None, None
-
-
-def load_for_resume(folder, dist):
-    """The checkpoint that --resume goes on from, the same on all processes; None: there is none."""
-    path, checkpoint = dist.together(
-        lambda: find_checkpoint(folder) if dist.master_process else (None, None))
-    path = dist.broadcast(path)
-
-    def load():
-        if path and not os.path.exists(path):
-            raise UserError(f"{path} is not there on {platform.node()}: on several nodes --log_dir "
-                            "must be on shared storage")
-        return checkpoint if dist.master_process or not path else read_checkpoint(path)
-
-    checkpoint = dist.together(load)
-    return checkpoint and checkpoint | {"path": path}
+    return None
 
 
 def check_resume(now, then):
@@ -153,6 +143,23 @@ def check_resume(now, then):
                         f"start a new run in another --log_dir{table}")
 
 
+def check_flags(cfg, saved):
+    """UserError with a table where a resume would change the mathematics of the run."""
+    then = asdict(type(cfg)()) | saved["flags"]
+    names = sorted(names_of(type(cfg), *MATHEMATICS))
+    check_resume({f"--{k}": getattr(cfg, k) for k in names}, {f"--{k}": then[k] for k in names})
+
+
+def is_finished(saved, folder):
+    """Whether a run is at its end and has evaluated there; says so."""
+    loss, steps = saved["val_loss"], saved["flags"]["max_steps"]
+    if not saved.get("finished", saved["step"] == steps and loss is not None):
+        return False
+    loss = "" if loss is None else f", validation loss {loss:.4f}"
+    say(f"the run in {folder} is finished: {steps} steps{loss}")
+    return True
+
+
 def describe_data(identity):
     """A data identity in one line, so that two can be compared by eye."""
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
@@ -161,6 +168,30 @@ def describe_data(identity):
 
 # -----------------------------------------------------------------------------
 # Hugging Face
+
+PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+def read_weights(name):
+    """A checkpoint from a path, or OpenAI's weights by name from Hugging Face in the same form."""
+    if name not in PRETRAINED:
+        return read_checkpoint(name)
+    transformers = optional_import("transformers", name)
+    try:
+        hf = transformers.GPT2LMHeadModel.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{name} cannot be had from Hugging Face ({one_line(e)})") from e
+    return from_hf(hf)
+
+
+def from_hf(hf):
+    """A transformers GPT2LMHeadModel as a checkpoint: config, weights, tokenizer, no flags."""
+    c = hf.config
+    config = dict(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer,
+                  n_head=c.n_head, n_embd=c.n_embd)
+    state = {k: v for k, v in hf.state_dict().items()
+             if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+    return dict(config=config, model=swap_conv1d(state), tokenizer="gpt2", flags={})
 
 
 def swap_conv1d(state):
@@ -172,9 +203,9 @@ def swap_conv1d(state):
 def export_hf(model, folder):
     """Write `folder` so that transformers loads it as a GPT-2; padding rows are cut off."""
     c = model.config
-    if (c.pos, c.mlp, c.norm) != ("learned", "gelu", "layernorm"):
-        raise UserError(f"Hugging Face's GPT-2 knows no --pos {c.pos} --mlp {c.mlp} --norm "
-                        f"{c.norm}: only the faithful model can be exported")
+    if model.arch != "gpt2" or (c.pos, c.mlp, c.norm) != ("learned", "gelu", "layernorm"):
+        raise UserError(f"Hugging Face's GPT-2 knows no {model.arch} with --pos {c.pos} --mlp "
+                        f"{c.mlp} --norm {c.norm}: only the faithful model can be exported")
     transformers = optional_import("transformers", "--export_hf")
     try:
         os.makedirs(folder, exist_ok=True)

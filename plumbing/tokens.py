@@ -1,25 +1,21 @@
 """
-Tokens as a run reads them: the tokenizer, the shards of a split as one long stream, and what a
-training run opens of both.
+Tokens as a run reads them: the tokenizer, and the shards of a split as one long stream.
 """
 
 import bisect
 import codecs
-import collections
 import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
-import sys
 import threading
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from common import AgreedError, RunError, UserError, one_line, say, warn
+from plumbing.errors import RunError, UserError, one_line, say, warn
 
 EOT = 50256  # <|endoftext|>, the one special token of GPT-2; it stands before each document
 MANIFEST, MANIFEST_FORMAT = "manifest.json", "fineweb.py 1"
@@ -119,7 +115,6 @@ def load_bpe(timeout):
 
 BIN_HEADER_BYTES = 256 * 4  # of llm.c's .bin: 256 int32, first magic, version and token count
 BIN_MAGIC, BIN_VERSION = 20240520, 1
-MAX_OPEN_FILES = 64
 PIECE = 1 << 16  # tokens looked at together when a whole shard is read: 128 KB
 
 
@@ -135,8 +130,8 @@ class Shard(NamedTuple):
 
 class TokenStream:
     """
-    The tokens of a split as one stream, read by position. Reading is seek and read, not a memory
-    map: pages of a map count as resident memory, and a run would end up with all of the data in it.
+    The tokens of a split as one stream, read by position. Reading is open, seek and read, not a
+    memory map: a map's pages count as resident memory, and a run would end up with all of the data.
     """
 
     def __init__(self, shards):
@@ -144,8 +139,6 @@ class TokenStream:
         self.counts = [s.count for s in shards]
         self._shards = shards
         self._starts = [0, *itertools.accumulate(self.counts)]
-        self._files = collections.OrderedDict()  # shard index -> open file, least recent first
-        self._counted = (0, 0, 0)  # shard, tokens looked at, EOTs among them
 
     def __len__(self):
         return self._starts[-1]
@@ -159,58 +152,44 @@ class TokenStream:
     def read(self, start, count):
         """Tokens [start, start + count) as a new uint16 array (count,); may straddle shards."""
         assert start >= 0 and count >= 0 and start + count <= len(self), (start, count, len(self))
-        out = np.empty(count, dtype="<u2")
-        done = 0
-        while done < count:
-            i, offset = self.locate(start + done)
-            n = min(count - done, self.counts[i] - offset)
-            self._read_into(i, offset, out[done : done + n])
-            done += n
-        return out
+        parts = []
+        while count:
+            i, offset = self.locate(start)
+            n = min(count, self.counts[i] - offset)
+            parts.append(read_shard(self._shards[i], offset, n))
+            start, count = start + n, count - n
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint16), *parts])
 
-    def _read_into(self, i, offset, out):
-        shard = self._shards[i]
-        if shard.array is not None:
-            out[:] = shard.array[offset : offset + len(out)]
-            return
-        view = memoryview(out).cast("B")
-        try:
-            file = self._open(i)
-            file.seek(shard.start + 2 * offset)
-            while view.nbytes and (n := file.readinto(view)):
-                view = view[n:]
-        except OSError as e:
-            raise RunError(f"{shard.path} cannot be read any more: {e.strerror or e}") from e
-        if view.nbytes:
-            raise RunError(
-                f"{shard.path} is shorter than when it was opened ({shard.count:,} tokens then); "
-                "stop what is changing it, and start again"
-            )
-
-    def _open(self, i):
-        if i in self._files:
-            self._files.move_to_end(i)
-        else:
-            if len(self._files) >= MAX_OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-            self._files[i] = open(self._shards[i].path, "rb", buffering=0)
-        return self._files[i]
-
-    def documents_before(self, shard_index, offset):
+    def documents_before(self, places):
         """
-        Number of EOT tokens in a shard at positions 0..offset: which document of the shard that
-        token is in, counted from 1, with 0 for the rest of the previous shard's last one. Reads in
-        pieces, and goes on from the last answer where that lies before this one.
+        {(shard index, offset): number of EOT tokens in that shard at positions 0..offset}: which of
+        the shard's documents that token is in, counted from 1; 0 for the rest of the last shard's.
         """
-        shard, end, n = self._counted
-        if shard != shard_index or end > offset + 1:
-            end, n = 0, 0
-        while end <= offset:
-            size = min(PIECE, offset + 1 - end)
-            n += int(np.count_nonzero(self.read(self._starts[shard_index] + end, size) == EOT))
-            end += size
-        self._counted = (shard_index, end, n)
-        return n
+        found = {}
+        for shard, group in itertools.groupby(sorted(set(places)), key=lambda place: place[0]):
+            end = n = 0
+            for _, offset in group:
+                while end <= offset:  # in pieces: a shard is 200 MB
+                    size = min(PIECE, offset + 1 - end)
+                    ids = self.read(self._starts[shard] + end, size)
+                    n += int(np.count_nonzero(ids == EOT))
+                    end += size
+                found[shard, offset] = n
+        return found
+
+
+def read_shard(shard, offset, count):
+    """Tokens [offset, offset + count) of a Shard. Raises RunError where the file has changed."""
+    if shard.array is not None:
+        return shard.array[offset : offset + count].copy()
+    try:
+        ids = np.fromfile(shard.path, "<u2", count, offset=shard.start + 2 * offset)
+    except OSError as e:
+        raise RunError(f"{shard.path} cannot be read any more: {e.strerror or e}") from e
+    if len(ids) < count:
+        raise RunError(f"{shard.path} is shorter than when it was opened ({shard.count:,} tokens "
+                       "then); stop what is changing it, and start again")  # fmt: skip
+    return ids
 
 
 def split_of(name):
@@ -294,14 +273,15 @@ def load_manifest(folder):
     try:
         with open(path, encoding="utf-8") as f:
             manifest = json.load(f)
-        assert manifest["format"] == MANIFEST_FORMAT
-        assert all({"name", "tokens", "sha256"} <= set(s) for s in manifest["shards"])
+        known = all({"name", "tokens", "sha256"} <= set(s) for s in manifest["shards"])
+        if manifest["format"] != MANIFEST_FORMAT or not known:
+            raise ValueError
         return manifest
     except FileNotFoundError:
         return None
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from e
-    except (ValueError, KeyError, TypeError, AssertionError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is not a manifest of this fineweb.py; move it away") from e
 
 
@@ -324,11 +304,10 @@ def compare_with_manifest(folder, split, counts):
         )
 
 
-def open_text(path, encode):
+def read_text(path):
     """
-    (train stream, val stream, sha256 hex) of one UTF-8 text file, in memory: the first
-    int(0.9 * tokens) tokens and the rest, no EOT. Line ends are read as '\\n' on every system, and
-    the hash is that of the text so read. Raises UserError.
+    (text, sha256 hex) of a UTF-8 text file. Line ends are read as '\\n' on every system, and the
+    hash is that of the text so read. Raises UserError.
     """
     try:
         with open(path, encoding="utf-8") as f:
@@ -337,140 +316,75 @@ def open_text(path, encode):
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start:,}); convert it to UTF-8") from e
-    tokens = encode(text)
-    n = int(0.9 * len(tokens))
-    if n == 0:
-        raise UserError(f"{path} holds {len(tokens)} tokens, too few to train on; use more text")
-    name = os.path.basename(path)
-    train, val = (TokenStream([Shard(name, len(t), array=t)]) for t in (tokens[:n], tokens[n:]))
-    return train, val, hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return text, hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 # -----------------------------------------------------------------------------
 # What a run opens
 
 
-@dataclass
 class Data:
-    """What a run reads: its two splits (None where there is no data) and its tokenizer."""
-
-    train: TokenStream | None
-    val: TokenStream | None
-    identity: dict  # what a resume must find again, whatever the path
-    tokenizer: Tokenizer | None  # None: its vocabulary cannot be had
-    tokenizer_name: str
-
-
-def open_tokenizer(is_text, wanted, dist):
-    """(tokenizer or None, its name): what the checkpoint names, else what can be had.
-
-    The main process decides and the others follow. Shards hold GPT-2's BPE tokens, so nothing
-    else will do there; without the vocabulary such a run goes on, but shows no samples.
     """
-    tokenizer = name = error = None
+    What --data names: a folder of shards, or a text file that a tokenizer still has to cut into
+    tokens. Raises UserError. `train` and `val` are its streams, `fingerprint` tells it from others.
+    """
+
+    def __init__(self, path):
+        self.path, self.is_text = path, os.path.isfile(path)
+        if self.is_text:
+            self.text, digest = read_text(path)
+            self.kind = self.fingerprint = f"text {digest}"
+        else:
+            self.train, self.val = open_shards(path, "train"), open_shards(path, "val")
+            self.kind = f"{len(self.train.names)} shards"
+            streams = [(x.names, x.counts) for x in (self.train, self.val)]
+            digest = hashlib.sha256(json.dumps(streams).encode()).hexdigest()
+            self.fingerprint = f"{self.kind}, {digest[:12]}"
+
+    def tokenize(self, tokenizer):
+        """Of a text: the first int(0.9 * tokens) tokens are train, the rest val; no EOT."""
+        if not self.is_text:
+            return
+        tokens, name = tokenizer.encode(self.text), os.path.basename(self.path)
+        n = int(0.9 * len(tokens))
+        if n == 0:
+            raise UserError(f"{self.path} holds {len(tokens)} tokens, too few to train on; use "
+                            "more text")  # fmt: skip
+        parts = tokens[:n], tokens[n:]
+        self.train, self.val = (TokenStream([Shard(name, len(t), array=t)]) for t in parts)
+
+    @property
+    def identity(self):
+        """What a resume must find again, whatever the path: plain data."""
+        named = () if self.is_text else zip(self.train.names, self.train.counts, strict=True)
+        return {"kind": self.kind, "tokens": len(self.train), "shards": [list(s) for s in named]}
+
+
+def open_tokenizer(wanted, dist, required):
+    """
+    The tokenizer called `wanted` (None: what can be had); the main process decides and the others
+    follow. Where it cannot be had: UserError if `required`, else a warning and None.
+    """
+    tokenizer = name = None
     if dist.master_process:
         try:
-            tokenizer = get_tokenizer(wanted if is_text else "gpt2")
+            tokenizer = get_tokenizer(wanted)
             name = tokenizer.name
         except UserError as e:
-            error = str(e)
-    name, error = dist.broadcast((name, error))
-    if error and is_text:
-        raise AgreedError(error)
-    if error:
-        warn(f"no samples and no HellaSwag: {error}")
-        return None, "gpt2"
-    if name == "bytes" and not wanted:
+            if required:
+                raise
+            warn(f"no samples and no HellaSwag: {e}")
+    name = dist.broadcast(name)
+    if name == "bytes" and not wanted and dist.master_process:
         say("GPT-2's vocabulary cannot be had: the text is read as single bytes, GPT-2's tokens "
-            f"0 to 255 ({dist.master_process and tokenizer.why})")
-    return dist.together(lambda: tokenizer or get_tokenizer(name)), name
-
-
-def open_data(path, wanted, dist, needed=True, optional=False):
-    """Open a folder of shards or a text file on every process: a Data.
-
-    wanted: a tokenizer's name, or None. needed: whether shards are to be decoded at all. optional:
-    go on without data where there is nothing at `path`.
-    """
-    is_text = os.path.isfile(path)
-    if optional and not any(dist.gather(os.path.exists(path))):
-        say(f"no data at {path}: no validation")
-        return Data(None, None, {}, *open_tokenizer(True, wanted, dist))
-    tokenizer, name = open_tokenizer(True, wanted, dist) if is_text else (None, "gpt2")
-    if wanted and wanted != name:
-        raise AgreedError(f"the checkpoint's tokens are the byte fallback's, those in {path} are "
-                          "GPT-2's: give the text file that it was trained on with --data")
-
-    def open_streams():
-        if is_text:
-            train, val, digest = open_text(path, tokenizer.encode)
-            return train, val, {"kind": f"text {digest}", "tokens": len(train), "shards": []}
-        train, val = open_shards(path, "train"), open_shards(path, "val")
-        shards = [list(s) for s in zip(train.names, train.counts, strict=True)]
-        kind = f"{len(shards)} shards"
-        return train, val, {"kind": kind, "tokens": len(train), "shards": shards}
-
-    train, val, identity = dist.together(open_streams)
-    everybody = dist.gather([identity, val.names, val.counts])
-    for rank, other in enumerate(everybody):
-        if other != everybody[0]:
-            raise AgreedError(f"on rank {rank}: other data in {path} than on rank 0 (shards or "
-                              "their sizes)")
-    if needed and not is_text:
-        tokenizer, name = open_tokenizer(False, wanted, dist)
-    return Data(train, val, identity, tokenizer, name)
-
-
-def encode_prompt(cfg, tokenizer):
-    """Token ids of cfg.prompt (- = stdin); empty where samples are off."""
-    if not cfg.num_samples or tokenizer is None:
-        return []
-    prompt = cfg.prompt
-    if prompt == "-":
-        prompt = sys.stdin.read() if sys.stdin else ""
-    ids = tokenizer.encode(prompt).tolist()
-    if not ids:
-        raise UserError("--prompt is empty: give it at least one character")
-    for limit, name in ((cfg.block_size, "block_size"), (cfg.sample_length - 1, "sample_length")):
-        if len(ids) > limit:
-            raise UserError(f"--prompt has {len(ids)} tokens, too many for --{name} "
-                            f"{getattr(cfg, name)}")
-    return ids
-
-
-def open_hellaswag(n, block_size, tokenizer, dist):
-    """The first n prepared examples; where they cannot be had, one warning and none."""
-    if not n or tokenizer is None:
-        return []
-    import hellaswag
-
-    path = error = None
-    try:  # on every process, as nodes may share no disk; where they do, one downloads
-        path = hellaswag.download("val")
-    except (UserError, OSError) as e:
-        error = str(e)
-    errors = [e for e in dist.gather(error) if e]
-    if errors:
-        warn(f"HellaSwag is off: {errors[0]}")
-        return []
-    return dist.together(hellaswag.load_examples, path, n, block_size, tokenizer.encode)
-
-
-def scan_vocabulary(loader):
-    """Look at up to 100M tokens of a split, the head of every shard, before training begins."""
-    start, counts = 0, loader.tokens.counts
-    for count in counts:
-        for pos in range(start, start + min(count, 10**8 // len(counts)), 2**16):
-            ids = loader.tokens.read(pos, min(2**16, start + count - pos))
-            loader.check_vocabulary(ids, pos)
-        start += count
+            f"0 to 255 ({tokenizer.why})")  # fmt: skip
+    return tokenizer or (get_tokenizer(name) if name else None)
 
 
 def inspect_step(loader, tokenizer, step):
     """Print which tokens a step reads, row by row, with their text."""
-    names, rows, documents = loader.tokens.names, list(loader.where(step)), {}
-    for *_, shard, offset in sorted(rows, key=lambda row: row[3:]):  # one pass over each shard
-        documents[shard, offset] = loader.tokens.documents_before(shard, offset)
+    names, rows = loader.tokens.names, list(loader.where(step))
+    documents = loader.tokens.documents_before([row[3:] for row in rows])
     for row, epoch, window, shard, offset in rows:
         print(f"step {step} row {row % loader.rows_per_step}: epoch {epoch} window {window} "
               f"{names[shard]} offset {offset} document {documents[shard, offset]}")
