@@ -551,9 +551,11 @@ NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BA
 
 def main(argv=None, tokenizer=None):
     """The command; ends the process with its status."""
-    for name, value in (HUB_DEFAULTS if sys.stderr.isatty() else HUB_DEFAULTS | NO_BARS).items():
+    on_a_terminal = sys.stderr is not None and sys.stderr.isatty()
+    for name, value in (HUB_DEFAULTS if on_a_terminal else HUB_DEFAULTS | NO_BARS).items():
         os.environ.setdefault(name, value)
-    run_main("fineweb.py", lambda: run(parse_args(argv), tokenizer))
+    run_main("fineweb.py", lambda: run(parse_args(argv), tokenizer),
+             smaller="fewer processes (--num_proc) or a smaller --shard_size")
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ class TrainConfig:
                            "then stop", common=True)
     prompt: str = flag("evaluation", "Hello, I'm a language model,", "text to continue, - = read "
                        "stdin", common=True)
-    sample_length: int = flag("evaluation", 32, "tokens per sample, with the prompt", ge=1,
-                              common=True)
+    sample_length: int = flag("evaluation", None, "tokens per sample, with the prompt", int, ge=1,
+                              common=True, shown="32; 128 where tokens are bytes")
 
     n_layer: int = flag("model", 12, "transformer blocks", ge=1)
     n_head: int = flag("model", 12, "attention heads; divides n_embd", ge=1)
@@ -768,7 +768,7 @@ class Evaluator:
         cfg, device = self.cfg, self.dist.device
         idx = torch.tensor(self.prompt, device=device).repeat(cfg.num_samples, 1)
         generator = torch.Generator(device=device).manual_seed(42)
-        n_new = cfg.sample_length - idx.size(1)
+        n_new = tokens.sample_length(cfg, self.tokenizer) - idx.size(1)
         columns = [idx]
         with self.quick():
             for column in self.model.generate(idx, n_new, cfg.temperature, cfg.top_k,
@@ -1073,7 +1073,7 @@ def command(argv, model_class):
         dist.check_same({f"--{k}": v for k, v in given.items()} | {
             "the automatic --dtype": cfg.dtype,
             "the checkpoint (--log_dir must be on storage that all nodes share)": saved and path,
-            f"the data in {place}": data and data.fingerprint})
+            "the data": data and data.fingerprint})
         decodes = cfg.num_samples or examples_wanted(cfg, dist.device) or cfg.inspect is not None
         tokenizer = open_tokens(data, source, dist, needed=decodes)
         if goes_on:
@@ -1146,6 +1146,7 @@ def open_reporter(cfg, dist, trainer, data):
         reporter = Reporter(cfg.log_dir, settings, trainer.step, cfg.max_steps,
                             cfg.total_batch_size, matmul_rate * dist.world_size / flops_per_step,
                             cfg.wandb)
+    dist.barrier()  # the folder is there now
     if not all(dist.gather(os.path.isdir(cfg.log_dir))):
         warn(f"not every node sees {cfg.log_dir}: a resume will need it on shared storage")
     return reporter

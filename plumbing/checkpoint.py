@@ -28,7 +28,7 @@ from dataclasses import asdict
 
 import torch
 
-from plumbing.errors import RunError, UserError, one_line, optional_import, say, warn
+from plumbing.errors import RunError, UserError, one_line, optional_import, rank, say, warn
 from plumbing.files import atomic_write, keep_copy
 from plumbing.flags import MATHEMATICS, names_of
 
@@ -155,6 +155,13 @@ def is_finished(saved, folder):
     loss, steps = saved["val_loss"], saved["flags"]["max_steps"]
     if not saved.get("finished", saved["step"] == steps and loss is not None):
         return False
+    last = os.path.join(folder, "last.pt")
+    if saved["path"] != last and rank() == 0:  # the save was killed between its two names
+        try:
+            keep_copy(saved["path"], last)
+        except OSError as e:
+            raise RunError(f"{last} could not be written ({one_line(e)}): the end of the run is in "
+                           f"{saved['path']}") from None
     loss = "" if loss is None else f", validation loss {loss:.4f}"
     say(f"the run in {folder} is finished: {steps} steps{loss}")
     return True

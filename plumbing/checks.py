@@ -10,7 +10,7 @@ import sys
 
 from plumbing.errors import UserError, say, warn
 from plumbing.machine import memory_bytes
-from plumbing.tokens import open_tokenizer
+from plumbing.tokens import open_tokenizer, sample_length
 
 
 LONGER = "--max_steps 1000"  # of the smoke preset: ten minutes on a laptop
@@ -95,10 +95,11 @@ def encode_prompt(cfg, tokenizer):
     if max(ids) >= cfg.vocab_size:
         warn(f"no samples: the prompt has token {max(ids)}, beyond --vocab_size {cfg.vocab_size}")
         return []
-    for limit, name in ((cfg.block_size, "block_size"), (cfg.sample_length - 1, "sample_length")):
+    longest = sample_length(cfg, tokenizer) - 1
+    for limit, name in ((cfg.block_size, "block_size"), (longest, "sample_length")):
         if len(ids) > limit:
             raise UserError(f"--prompt has {len(ids)} tokens, too many for --{name} "
-                            f"{getattr(cfg, name)}")
+                            f"{limit + (name == 'sample_length')}")
     return ids
 
 

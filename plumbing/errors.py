@@ -70,8 +70,11 @@ def is_out_of_memory(error):
     return isinstance(error, (RuntimeError, MemoryError)) and bool(NO_MEMORY.search(str(error)))
 
 
-def run_main(program, command):
-    """Run command() and end this process with the status that it returns or that its error has."""
+def run_main(program, command, smaller="a smaller model, --B or --T"):
+    """Run command() and end this process with the status that it returns or that its error has.
+
+    smaller: what to use where memory did not do.
+    """
     prepare_streams()
     error = None
     try:
@@ -85,7 +88,7 @@ def run_main(program, command):
         if rank() > 0 or lost_peer:
             let_others_speak()
         if not (lost_peer and "TORCHELASTIC_RUN_ID" in os.environ):  # torchrun reports that one
-            print(describe(program, error), file=sys.stderr, flush=True)
+            print(describe(program, error, smaller), file=sys.stderr, flush=True)
     leave(status)
 
 
@@ -93,11 +96,11 @@ def status_of(error):
     return 2 if isinstance(error, UserError) or is_out_of_memory(error) else 1
 
 
-def describe(program, error):
+def describe(program, error, smaller):
     """An error as the user reads it: one line, or the traceback of a fault in this program."""
     where = f"on rank {rank()}: " if rank() else ""
     if is_out_of_memory(error):
-        error = f"out of memory ({one_line(error)}): use a smaller model, --B or --T"
+        error = f"out of memory ({one_line(error)}): use {smaller}"
     elif not isinstance(error, (UserError, RunError)):
         return where + "".join(traceback.format_exception(error))
     # a name may hold a line end; the rows of a table, which begin with two blanks, are lines

@@ -40,12 +40,16 @@ def sync_folder(path):
 
 def keep_copy(source, path):
     """A second name for the same bytes; a copy where the file system cannot link."""
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path + ".tmp")  # of a save that was killed
+    # not atomic_write's name: where the rename fails, that one is opened, and source emptied by it
+    tmp = path + ".link.tmp"
     try:
-        os.link(source, path + ".tmp")
-        os.replace(path + ".tmp", path)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(tmp)  # of a save that was killed
+        os.link(source, tmp)
+        os.replace(tmp, path)
     except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(tmp)
         with open(source, "rb") as old, atomic_write(path) as new:
             shutil.copyfileobj(old, new)
 

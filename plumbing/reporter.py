@@ -159,9 +159,13 @@ class Reporter:
         if self.drawing and (wait or self.drawing.poll() is not None):
             self.finish_drawing()
         if self.can_draw and not self.drawing:
-            self.drawing = subprocess.Popen(self.plot, stdout=subprocess.DEVNULL,
-                                            stderr=subprocess.PIPE, text=True,
-                                            start_new_session=True)  # Ctrl-C is not for it
+            try:
+                self.drawing = subprocess.Popen(self.plot, stdout=subprocess.DEVNULL,
+                                                stderr=subprocess.PIPE, text=True,
+                                                start_new_session=True)  # Ctrl-C is not for it
+            except OSError as e:  # no room for one more process
+                self.can_draw = False
+                return warn(f"curves.png is not drawn any more ({one_line(e)})")
             if wait:
                 self.finish_drawing()
 

@@ -360,6 +360,11 @@ class Data:
         return {"kind": self.kind, "tokens": len(self.train), "shards": [list(s) for s in named]}
 
 
+def sample_length(cfg, tokenizer):
+    """Tokens per sample: --sample_length, or about as much text with either tokenizer."""
+    return cfg.sample_length or (128 if tokenizer.name == "bytes" else 32)
+
+
 def open_tokenizer(wanted, dist, required):
     """
     The tokenizer called `wanted` (None: what can be had); the main process decides and the others

@@ -21,6 +21,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,45 @@ def read_log(folder, name="log.txt"):
     """log.txt as {(step, stream): value as written}."""
     lines = (Path(folder) / name).read_text().splitlines()
     return {(int(step), stream): value for step, stream, value in (x.split() for x in lines)}
+
+
+# The files that take long come first, short ones behind them, so that the cores end together.
+ORDER = ("train ranks fineweb kills tokens disk house distributed modern hellaswag errors data "
+         "checkpoint model plot").split()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of pytest-xdist, which begins with the most tests
+    if not hasattr(config, "workerinput"):  # the process that the user sees
+        config.pluginmanager.register(TimeToGo())
+
+
+class TimeToGo:
+    """Every half minute a line: how many tests are done, and about how long the rest will take."""
+
+    def __init__(self):
+        self.start = self.said = time.monotonic()
+        self.done = self.total = 0
+
+    def pytest_collection_finish(self, session):
+        self.total = len(session.items)
+
+    def pytest_xdist_node_collection_finished(self, ids):
+        self.total = len(ids)
+
+    def pytest_runtest_logfinish(self):
+        self.done += 1
+        now = time.monotonic()
+        if now - self.said > 30:
+            left = (now - self.start) / self.done * (self.total - self.done)
+            minutes, seconds = divmod(round(left), 60)
+            print(f"\n{self.done} of {self.total} tests, about {minutes}:{seconds:02} to go")
+            self.said = now
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}" for name in ORDER]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else 99)
 
 
 # -----------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """
 Helpers of test_fineweb.py that other processes import too: a Hugging Face hub on 127.0.0.1, and
 fineweb.py as a process of its own, with a tokenizer that needs no vocabulary, that stops where a
-test wants it to. The hub serves one data set from a folder, with as much of the
-protocol as `datasets` and `huggingface_hub` use.
+test wants it to. The hub serves one data set from a folder, with as much of the protocol as
+`datasets` and `huggingface_hub` use.
 """
 
 import contextlib
@@ -197,7 +197,8 @@ def killed(env, *argv, patch):
         while time.monotonic() < end:
             os.killpg(process.pid, 0)
             time.sleep(0.02)
-        raise AssertionError(f"a worker lives on: {process.communicate()}")
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError("a worker lives on")
     process.communicate()
 
 
@@ -246,9 +247,11 @@ def stay():
     signal.pause()
 
 
+# fineweb.py with one of these tokenizers and many small jobs. PATCH is Python code that is executed
+# first, with the names of this module: 'at("os.replace", kill, nth=7)'; IN_WORKERS is for workers.
+if __name__ == "__mp_main__":
+    exec(os.environ.get("IN_WORKERS", ""))
 if __name__ == "__main__":
-    # fineweb.py with one of these tokenizers and many small jobs. PATCH is Python code that is
-    # executed first, with the names of this module: 'at("os.replace", kill, nth=7)'
     fineweb.JOB_TOKENS = 500
     exec(os.environ.get("PATCH", ""))
     kinds = {"Bytes": Tokenizer, "DeadlyBytes": DeadlyBytes}

@@ -61,7 +61,7 @@ def test_from_pretrained_takes_the_path_of_a_checkpoint(undisturbed, tmp_path):
     new = list(model.generate(idx, 5, n_vocab=512, generator=torch.Generator().manual_seed(1)))
     assert len(new) == 5 and all(column.shape == (2, 1) for column in new)
     torch.save(saved | {"arch": "modern"}, tmp_path / "modern.pt")
-    with pytest.raises(UserError, match=r"modern\.pt holds a model of modern\.py: use that with it"):
+    with pytest.raises(UserError, match=r"modern\.pt holds a model of modern\.py: use that"):
         train_gpt2.GPT.from_pretrained(str(tmp_path / "modern.pt"))
     del saved["arch"]  # as the first checkpoints had it
     torch.save(saved, tmp_path / "old.pt")

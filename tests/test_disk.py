@@ -135,6 +135,21 @@ def test_log_on_a_disk_that_stays_full(forks, flags, tmp_path):
 
 
 @needs_linux
+def test_killed_with_half_a_line_in_the_log(forks, undisturbed, flags, tmp_path):
+    """The log could not be written, the checkpoint could, then came the kill: lines are missing,
+    and none is wrong."""
+    full = "torn_log(no_space, when=lambda n: n >= 5)"
+    dies = 'at("train_gpt2.Trainer.update", kill, nth=7)'
+    forks.run(*flags, cwd=tmp_path, patch=f"{full}\n{dies}").killed()
+    log = tmp_path / "log" / "log.txt"
+    assert weights(tmp_path / "log")["step"] == 4 and not log.read_bytes().endswith(b"\n")
+    forks.run(*flags, "--resume", cwd=tmp_path).good()
+    whole = (undisturbed / "log.txt").read_text().splitlines()
+    lines = log.read_text().splitlines()
+    assert [x for x in whole if x in lines] == lines and len(lines) == 4 + 19
+
+
+@needs_linux
 def test_start_on_a_full_disk(forks, undisturbed, flags, tmp_path):
     """No traceback, and nothing that was good is lost."""
     log = copy_until_8(undisturbed, tmp_path / "log")

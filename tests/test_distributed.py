@@ -113,6 +113,7 @@ class Jobs:
                                                patch=SEE, **self.env).end()
         runs = self.done[name].good()
         assert not any(run.told["group_left"] for run in runs)
+        assert runs[0].stderr == "" or name == "compiled"  # the compiler has things to say
         return runs
 
     def log(self, name):

@@ -9,8 +9,11 @@ import os
 import signal
 
 import pytest
+import torch
 from conftest import TINY, assert_close, assert_same_end, read_log, weights
 from processes import LINUX, assert_gone
+
+from plumbing import machine
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="needs Linux")
 
@@ -94,6 +97,13 @@ torch.compile = functools.partial(torch.compile, backend="aot_eager")
     forks.run(*flags, "--resume", cwd=tmp_path, patch=patch).good()
     whole.end().good()
     assert_same_end(tmp_path / "log", tmp_path / "whole")
+
+
+def test_measuring_the_machine_draws_nothing():
+    """The runs here do without it, and a resume sets torch's random state before it."""
+    before = torch.get_rng_state()
+    machine.measure_matmul(torch.device("cpu"), torch.float32)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 # -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ as one of them has failed; the others are torchrun itself.
 """
 
 import re
+import shutil
 import signal
 
 import pytest
@@ -14,7 +15,7 @@ from processes import LINUX, Forks, assert_gone
 STEP = "torch.nn.utils.clip_grad_norm_"  # called once in every update
 TEXT = [*(f for f in TINY if "vocab" not in f), "--vocab_size=256", "--data=my.txt",
         "--max_steps=2", "--save_every=0"]
-SHORT = [*TINY, "--B=4", "--data=shards", "--max_steps=2", "--save_every=0"]
+SHORT = [*TINY, "--B=4", "--data=shards", "--max_steps=2", "--warmup_steps=0", "--save_every=0"]
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +64,42 @@ def test_a_text_that_only_one_process_has(forks, place, rank):
     assert not (place / "mine").exists() and not list((place / "empty").iterdir())
 
 
+def test_nothing_is_written_before_all_have_passed_every_check(forks, place):
+    """The last of them fails on rank 1 while the main process waits at the door."""
+    patch = """
+from plumbing.errors import UserError
+def fail():
+    raise UserError("this machine is too small")
+at("plumbing.machine.measure_matmul", fail)
+"""
+    ranks = as_torchrun(forks, *SHORT, "--log_dir=mine", cwd=place, of={1: dict(patch=patch)})
+    ranks[1].refused("on rank 1: this machine is too small")
+    assert ranks.errors[0] == [] and not (place / "mine").exists()
+
+
 @pytest.mark.parametrize("of, words", [
     (dict(flags=["--max_lr=1e-3"]), ["--max_lr", "0.003", "0.001", "rank 0", "rank 1"]),
     (dict(flags=["--zero"]), ["--zero", "not given", "True", "rank 1"]),
-    (dict(cwd="elsewhere"), ["the data in shards", "rank 1", "3 shards", "2 shards"]),
+    (dict(cwd="elsewhere"), ["the data is 3 shards", "on rank 0 but 2 shards", "rank 1"]),
 ], ids=["flags", "absent", "other data"])  # fmt: skip
 def test_ranks_that_differ_are_named(forks, place, of, words):
     """One line from the main process, and nothing written."""
     if "cwd" in of:
         of = dict(cwd=place / of["cwd"])
-    # the full path is another here, so --data is no flag but the place that shards have
-    patch = 'train_gpt2.SHARDS = "shards"\n'
-    flags = [f for f in SHORT if f != "--data=shards"]
-    runs = forks.ranks(2, *flags, "--log_dir=mine", cwd=place, patch="import train_gpt2\n" + patch,
-                       TORCHELASTIC_RUN_ID="test", of={1: of}).end(as_torchrun=True)
-    runs[0].refused(*words)
-    assert runs.statuses[1] == -signal.SIGTERM and runs.errors[1] == []
-    assert len(runs.errors[0]) == 1 and not (place / "mine").exists()
+    ranks = as_torchrun(forks, *SHORT, "--log_dir=mine", cwd=place, of={1: of})
+    ranks[0].refused(*words)
+    assert ranks.statuses[1] == -signal.SIGTERM and ranks.errors[1] == []
+    assert len(ranks.errors[0]) == 1 and not (place / "mine").exists()
+
+
+def test_the_same_data_in_another_place_is_the_same(forks, place, tmp_path):
+    """Each node may have its own copy. And however long the main process takes to make its folder,
+    nobody says that a node does not see it."""
+    shutil.copytree(place / "shards", tmp_path / "shards")
+    slow = dict(patch='at("plumbing.reporter.open_log_dir", lambda: PAUSE(0.3))')
+    ranks = as_torchrun(forks, *SHORT, f"--log_dir={tmp_path / 'mine'}", cwd=place,
+                        of={0: slow, 1: dict(cwd=tmp_path)}).good()
+    assert ranks.errors == [[], []]
 
 
 def test_without_torchrun_each_speaks_for_itself(forks, place):
@@ -153,6 +173,15 @@ def test_a_rank_that_dies_ends_the_job(forks, place, rng):
     assert 'train_gpt2.py", line' not in job.stderr
     assert_gone(str(log))
     assert (0, "train") in read_log(log)
+
+
+@pytest.mark.skipif(not LINUX, reason="needs Linux")
+def test_who_has_lost_its_peer_leaves_the_word_to_torchrun(forks, place):
+    """Even where nobody ends it, it says nothing, and ends by itself."""
+    dies = dict(patch=f'at("{STEP}", kill, nth=2)')
+    ranks = forks.ranks(2, *SHORT, "--log_dir=lost", cwd=place, of={1: dies},
+                        TORCHELASTIC_RUN_ID="test").end()
+    assert ranks.statuses == [1, -signal.SIGKILL] and ranks.errors[0] == []
 
 
 def test_a_full_disk_is_said_once(forks, place):

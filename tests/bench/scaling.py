@@ -11,7 +11,8 @@ making. Printed for each: tokens/s, and against one process; the share of a step
 communication, which is what a step costs more than the same step without its all-reduce (the two
 taken in turn, medians); the bytes that one all-reduce moves; and the bytes of optimizer state per
 process without and with --zero, counted after a step. At the end the same for 8 processes, worked
-out from the split by whole tensors, largest first, each to the process that has least.
+out from the split by whole tensors, largest first, each to the process that has least. --modern
+takes modern.py's model, and prints the share of a step that Muon takes without and with --zero.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import modern  # noqa: E402
 import train_gpt2  # noqa: E402
 from plumbing.errors import leave  # noqa: E402
 from plumbing.machine import synchronize  # noqa: E402
@@ -45,6 +47,7 @@ def parse_args():
     parser.add_argument("--micro_steps", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12, help="of each kind; the first 3 are lost")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--modern", action="store_true", help="modern.py's model and optimizers")
     parser.add_argument("--no-zero", action="store_true", help="leave out the runs with --zero")
     parser.add_argument("--T", type=int, help="default: 1024 on GPUs, 128 on a CPU")
     for name, default in zip(MODEL, (12, 12, 768, 1024, 50304), strict=True):
@@ -68,7 +71,9 @@ def state_bytes(optimizers):
 
 def measure(dist, trainer):
     """Steps of the trainer on one process -> the figures of this number of processes."""
-    seconds = {"with": [], "without": []}
+    seconds, muon = {"with": [], "without": []}, []
+    if "muon" in trainer.optimizers:
+        time_steps(trainer.optimizers["muon"], muon, dist.device)
 
     def step(kind):
         alone = dist.world_size > 1 and kind == "without"
@@ -85,9 +90,24 @@ def measure(dist, trainer):
             step("without")  # the ranks drift apart from here on: the time is all that counts
     everybody = dist.gather(state_bytes(trainer.optimizers))
     medians = {k: statistics.median(v[3:]) for k, v in seconds.items() if v}
-    return dict(seconds=max(dist.gather(medians["with"])), state=everybody,
+    shares = dist.gather(statistics.median(muon[3:]) if muon else 0.0)
+    return dict(seconds=max(dist.gather(medians["with"])), state=everybody, muon=max(shares),
                 alone=max(dist.gather(medians.get("without", medians["with"]))),
                 gradient=4 * sum(p.numel() for p in trainer.raw_model.parameters()))
+
+
+def time_steps(optimizer, seconds, device):
+    """Note how long each step of an optimizer takes."""
+    step = optimizer.step
+
+    def timed(*args, **kwargs):
+        synchronize(device)
+        start = time.perf_counter()
+        step(*args, **kwargs)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+
+    optimizer.step = timed
 
 
 def worker(path):
@@ -101,7 +121,8 @@ def worker(path):
         leave(0)  # no closing line about a run that never was
 
     train_gpt2.train = loop
-    train_gpt2.main(json.loads(Path(path).read_text()))
+    model_class = modern.ModernGPT if ARGS.modern else train_gpt2.GPT
+    train_gpt2.main(json.loads(Path(path).read_text()), model_class)
 
 
 def launch(args, folder, world_size, zero):
@@ -151,8 +172,11 @@ def main(args):
             share = 1 - found["alone"] / found["seconds"]
             states = f"{max(found['state']) / 1e6:.1f}"
             if n > 1 and not args.no_zero:
-                sharded = launch(args, folder, n, zero=True)["state"]
-                states += ", " + " ".join(f"{x / 1e6:.1f}" for x in sharded)
+                zero = launch(args, folder, n, zero=True)
+                states += ", " + " ".join(f"{x / 1e6:.1f}" for x in zero["state"])
+                if args.modern:
+                    shares = (f["muon"] / f["seconds"] for f in (found, zero))
+                    states += "   Muon {:.0%}, {:.0%} of a step".format(*shares)
             print(f"{n:9} {rate:7,.0f} {rate / n / single:11.0%} {1000 * found['seconds']:9.1f} "
                   f"{share:15.1%} {found['gradient'] / 1e6:9.1f} MB   {states}", flush=True)
     with torch.device("meta"):
