@@ -106,7 +106,7 @@ class Muon(torch.optim.Muon):
 class ModernGPT(GPT):
     arch = "modern"
     presets = {name: size | RECIPE | dict(n_head=HEADS[name]) for name, size in GPT2_SIZES.items()}
-    presets["smoke"] = SMOKE | RECIPE | dict(max_steps=SMOKE["max_steps"])
+    presets["smoke"] = SMOKE | RECIPE | dict(n_layer=3, max_steps=SMOKE["max_steps"], eval_every=50)
     not_flags = ("pos", "mlp", "norm", "optimizer")
 
     def __init__(self, config):

@@ -535,7 +535,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 if bias is not None:
                     g += bias
                 if cap is not None:
-                    slope = (g.square() + cap**2).rsqrt_().mul_(cap)
+                    slope = g.square().add_(cap**2).rsqrt_().mul_(cap)
                     g *= slope
                 top, picked = g.amax(dim=1, keepdim=True), g.gather(1, target)
                 z = g.sub_(top).exp_().sum(dim=1, keepdim=True)

@@ -13,7 +13,10 @@ Which promise is held where:
     test_ranks         so it is on several processes; whatever one of them does, none hangs
     test_distributed   any number of processes, sharded or compiled, makes the same run
     test_house         who may import whom, how long a function may be, what an import costs
-    test_fineweb, test_hellaswag, test_plot: the other commands; processes.py starts the runs
+    test_readme        what the README says to type can be typed
+    test_fineweb, test_ready, test_hellaswag, test_plot: the other commands
+
+processes.py starts the runs, and stops them where a test says.
 """
 
 import os
@@ -81,8 +84,8 @@ def read_log(folder, name="log.txt"):
 
 
 # The files that take long come first, short ones behind them, so that the cores end together.
-ORDER = ("train ranks fineweb kills tokens disk house distributed modern hellaswag errors data "
-         "checkpoint model plot").split()
+ORDER = ("train ranks fineweb kills tokens disk house distributed modern hellaswag errors ready "
+         "data checkpoint model plot").split()
 
 
 def pytest_configure(config):
@@ -110,7 +113,9 @@ class TimeToGo:
         if now - self.said > 30:
             left = (now - self.start) / self.done * (self.total - self.done)
             minutes, seconds = divmod(round(left), 60)
-            print(f"\n{self.done} of {self.total} tests, about {minutes}:{seconds:02} to go")
+            # the long ones come first: nothing can be told of the rest before there are some
+            guess = f", about {minutes}:{seconds:02} to go" if 5 * self.done > self.total else ""
+            print(f"\n{self.done} of {self.total} tests{guess}")
             self.said = now
 
 

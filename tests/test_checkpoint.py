@@ -201,8 +201,9 @@ def test_bad_checkpoints(forks, undisturbed, flags, tmp_path):
             wrong.append(f"{name}: {one_line(e)}")
     runs = {}
     for name in ("nanogpt", "no shape", "missing weight", "bomb", "truncated"):
-        runs["--init", name] = forks.run("--device=cpu", f"--init={paths[name]}", "--eval_only",
-                                         cwd=tmp_path), paths[name]
+        run = forks.run(flags[-1], "--device=cpu", f"--init={paths[name]}", "--eval_only",
+                        "--num_samples=0", cwd=tmp_path)
+        runs["--init", name] = run, paths[name]
         if name == "missing weight":
             continue
         folder = tmp_path / f"log of {name}"

@@ -91,6 +91,25 @@ def test_kept_copy_without_links(monkeypatch, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "model_00004.pt"]
 
 
+def test_a_rename_that_fails_once_takes_no_kept_checkpoint(monkeypatch, tmp_path):
+    """As where another process has last.pt open on Windows."""
+    state, real = dict(step=4, model={"w": torch.arange(1000.0)}), os.replace
+    checkpoint.save_checkpoint(state, str(tmp_path))
+    failed = []
+
+    def replace(source, target):
+        if str(target).endswith("last.pt") and not failed:
+            failed.append(target)
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    checkpoint.save_checkpoint(state | {"step": 8}, str(tmp_path), keep=True)
+    assert failed and weights(tmp_path, "model_00008.pt")["step"] == 8
+    assert weights(tmp_path)["step"] in (4, 8)
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "model_00008.pt"]
+
+
 # -----------------------------------------------------------------------------
 # Whole runs
 

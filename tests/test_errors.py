@@ -94,8 +94,6 @@ MISTAKES = [
     (["--export_hf=out"], "--export_hf needs weights"),
     (["--init=nowhere.pt"], "nowhere.pt: there is no such checkpoint"),
     (["--optimizer=sgd"], "choose from"),
-    (["--num_samples=1", "--prompt", "the sea", "--vocab_size=50304", "--sample_length=1"],
-     "too many for --sample_length 1"),
 ]  # fmt: skip
 if not torch.cuda.is_available():
     MISTAKES.append((["--device=cuda"], "no CUDA device"))

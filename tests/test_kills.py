@@ -6,6 +6,7 @@ processes.py).
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -47,15 +48,18 @@ def test_killed_at_the_worst_places(forks, undisturbed, flags, tmp_path):
     killed('at("train_gpt2.Trainer.update", kill, nth=3)', 4)  # in the second epoch
     killed('at("os.replace", kill, match="model_00008")', 4)  # one of two names is missing
     assert not (log / "model_00008.pt").exists()
-    killed('at("plumbing.checkpoint.keep_copy", kill)', 4)
+    killed('at("os.link", kill, before=False)', 4)
     assert weights(log, "model_00008.pt")["step"] == 8
     killed('torn_save(kill, when=lambda n, state: state["step"] == 12)', 8)  # the last save
     killed('at("os.replace", kill, match="model_00012")', 8)
-    killed('at("plumbing.reporter.Reporter.close", kill)', 12)  # all is there but "done"
-    forks.run(*flags, "--resume", cwd=tmp_path, patch='at("plumbing.errors.leave", kill)').killed()
-    run = forks.run(*flags, "--resume", cwd=tmp_path).good()
-    assert "is finished" in run.stdout
-    assert_same_end(log, undisturbed)
+    shutil.copytree(log, tmp_path / "other")
+    killed('at("plumbing.checkpoint.keep_copy", kill)', 8)  # all is there, but last.pt is old
+    for name, patch in (("log", ""), ("other", 'at("plumbing.reporter.Reporter.close", kill)')):
+        run = forks.run(*flags, "--resume", f"--log_dir={name}", cwd=tmp_path, patch=patch).end()
+        assert run.status == (-signal.SIGKILL if patch else 0)
+        run = forks.run(*flags, "--resume", f"--log_dir={name}", cwd=tmp_path).good()
+        assert "is finished" in run.stdout
+        assert_same_end(tmp_path / name, undisturbed)
     assert os.stat(log / "model_00012.pt").st_ino == os.stat(log / "last.pt").st_ino
 
 

@@ -246,6 +246,6 @@ def test_the_command_itself_and_its_smoke_preset(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "modern.py"), *flags], cwd=tmp_path,
                           capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    assert "preset smoke" in done.stdout and "using Muon for 24 matrices" in done.stdout
+    assert "preset smoke" in done.stdout and "using Muon for 18 matrices" in done.stdout
     assert "sample 3: Hello, I'm a language model," in done.stdout
     assert os.path.exists(tmp_path / "log" / "last.pt")

@@ -169,7 +169,7 @@ def test_eval_only_of_a_run(tiny_run, tmp_path, capsys):
     """--resume says which checkpoint; the run is left as it is."""
     before = {p.name: p.read_bytes() for p in (tiny_run[0] / "log").iterdir()}
     run_here("--eval_only", "--device=cpu", "--resume", f"--log_dir={tiny_run[0] / 'log'}",
-             "--num_samples=1", "--prompt=sky", "--sample_length=3")
+             "--num_samples=1", "--prompt=sky", "--sample_length=8")
     out = capsys.readouterr().out
     assert f"validation loss: {read_log(tiny_run[0] / 'log')[4, 'val']}" in out
     assert "sample 0: sky" in out
