@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from plumbing.errors import UserError
 from plumbing.machine import describe_muon, make_optimizer
 from train_gpt2 import (
     GPT, GPT2_SIZES, SMOKE, attend, head_cross_entropy, main, rotate, soft_cap,
@@ -113,6 +114,9 @@ class ModernGPT(GPT):
         nn.Module.__init__(self)
         self.config = config
         C, V = config.n_embd, config.vocab_size
+        if C % (4 * config.n_head):
+            raise UserError(f"--n_embd {C} / --n_head {config.n_head} is no multiple of 4, which "
+                            "turning half of the pairs needs")
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(V, C),
             ln_0=nn.RMSNorm(C),  # behind the embedding: rows of any size come out alike

@@ -76,6 +76,7 @@ FLAG_GROUPS = {
 class TrainConfig:
     """Every setting of a run. None, 0 or auto: decided at start-up, as the text says."""
 
+    # the dozen that most people type
     preset: str = flag("command", "auto", "sizes and learning rate; auto = gpt2 where there are a "
                        "GPU and shards, smoke on a CPU", choices=("auto", *PRESETS), common=True)
     data: str = flag("files", "", "folder of shards, or a text file", common=True,
@@ -97,6 +98,7 @@ class TrainConfig:
     sample_length: int = flag("evaluation", None, "tokens per sample, with the prompt", int, ge=1,
                               common=True, shown="32; 128 where tokens are bytes")
 
+    # the shape of the model
     n_layer: int = flag("model", 12, "transformer blocks", ge=1)
     n_head: int = flag("model", 12, "attention heads; divides n_embd", ge=1)
     n_embd: int = flag("model", 768, "width of the residual stream", ge=1)
@@ -106,12 +108,14 @@ class TrainConfig:
     mlp: str = flag("model", "gelu", "feed-forward layer", choices=("gelu", "swiglu"))
     norm: str = flag("model", "layernorm", "normalization", choices=("layernorm", "rmsnorm"))
 
+    # which tokens a step reads, and in which order
     T: int = flag("data order", 1024, "tokens per row, at most block_size", ge=1)
     total_batch_size: int = flag("data order", 524288, "tokens per step over all processes", ge=1)
     shuffle: str = flag("data order", "none", "order of the windows: as they come, or a new "
                         "permutation each epoch", choices=("none", "windows"))
     seed: int = flag("data order", 1337, "of the initial weights and of --shuffle", ge=0)
 
+    # how it learns from them
     min_lr: float = flag("optimization", None, "final learning rate", float, ge=0,
                          shown="max_lr / 10")
     warmup_steps: int = flag("optimization", 715, "steps of linear warm-up", ge=0)
@@ -123,10 +127,12 @@ class TrainConfig:
                       "float16 on older cards, else float32",
                       choices=("auto", "bfloat16", "float16", "float32"))
 
+    # on what it runs: none of this changes the result but in the last digits
     compile: bool = flag("machine", None, "torch.compile the training step", bool,
                          shown="on for CUDA")
     zero: bool = flag("machine", False, "shard the optimizer state over the processes")
 
+    # what is looked at on the way
     eval_every: int = flag("evaluation", 250, "steps between evaluations; also at step 0 and at "
                            "the end", ge=1)
     val_tokens: int = flag("evaluation", None, "tokens per validation, 0 = off", int, ge=0,
@@ -137,12 +143,14 @@ class TrainConfig:
     top_k: int = flag("evaluation", 50, "sample among the k likeliest tokens, 0 = all", ge=0)
     temperature: float = flag("evaluation", 1.0, "of sampling, 0 = greedy", ge=0)
 
+    # what is written
     save_every: int = flag("files", 1000, "steps between writes of last.pt, 0 = at the end only",
                            ge=0)
     checkpoint_every: int = flag("files", 5000, "steps between kept model_{step:05d}.pt, 0 = at "
                                  "the end only", ge=0)
     wandb: str = flag("files", "", "also log to this project of Weights & Biases", empty=True)
 
+    # what a call does in place of training
     export_hf: str = flag("command", "", "write the weights to this folder for Hugging Face, then "
                           "stop")
     inspect: int = flag("command", None, "print what this step reads and its text, then stop", int,
@@ -236,6 +244,7 @@ def attend(layer, q, k, v, mask=None, cache=None, scale=None):
         k, v = cache[layer][:, :, :, :end]
     causal = mask is None and T == k.size(2)  # a single new token may see all of the cache
     # Where the device has flash attention it is this call: the T x T weights are never all there.
+    # Every token gets a mean of the values before it, weighed by softmax(q k / sqrt(hs)).
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return y.transpose(1, 2).contiguous().view(B, T, n_head * hs)  # the heads side by side again
 
@@ -247,12 +256,13 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values at once
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # what the heads found, mixed
         self.c_proj.is_residual_projection = True
         self.n_head = config.n_head
 
     def forward(self, x, rope=None, mask=None, cache=None):
         B, T, C = x.size()
+        # each head has its own C / nh channels of all three, and so its own idea of what matters
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head)
                    for t in self.c_attn(x).split(C, dim=2))
         if rope is not None:
@@ -293,6 +303,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rope=None, mask=None, cache=None):
+        # Both only add to the stream, and the norm is on the way in, not on the stream itself: so
+        # gradients reach the first block as directly as the last.
         x = x + self.attn(self.ln_1(x), rope, mask, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -309,10 +321,11 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(config.vocab_size, config.n_embd)))
+        # attention by itself does not know who came first: each position has a vector of its own
         if config.pos == "learned":
             self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.transformer.ln_f = make_norm(config)
+        self.transformer.ln_f = make_norm(config)  # the stream has grown with every block
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying: tokens of similar meaning should be close where they come in and about
         # equally likely where they go out, so one matrix serves both ends, and a third of the
@@ -390,6 +403,7 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token; top_k 0 samples among all.
         """
         size = min(idx.size(1) + n_new, self.config.block_size)
+        # Keys and values of a token never change, as no token sees a later one: they are kept.
         cache = {"length": 0, "size": size} if use_cache else None
         n_vocab = min(n_vocab, self.config.vocab_size)
         for _ in range(n_new):
@@ -415,6 +429,7 @@ class GPT(nn.Module):
         c, names = self.config, self.named_parameters()
         # an embedding that only looks up multiplies nothing
         n = sum(p.numel() for name, p in names if name not in self.looked_up())
+        # forward: a product and a sum for each weight; backward: twice that
         return 6 * n + 12 * c.n_layer * c.n_embd * T
 
     def looked_up(self):
@@ -457,6 +472,7 @@ class GPT(nn.Module):
                   {"params": nodecay, "weight_decay": 0.0}]
         fused = device_type in ("cuda", "cpu", "mps")  # one kernel for all tensors, not one each
         say(f"using fused AdamW: {fused}")
+        # the second beta is GPT-3's: an average over 20 steps forgets sooner than Adam's 0.999
         return machine.make_optimizer(torch.optim.AdamW, groups, zero, lr=learning_rate,
                                       betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
@@ -500,7 +516,7 @@ def head_cross_entropy(h, weight, targets, bias=None, cap=None):
     F.cross_entropy. So it is under torch.compile, which fuses the loss into the product and keeps
     the logits in half precision: measured faster than chunks.
     """
-    h, targets = h.flatten(0, 1), targets.flatten()
+    h, targets = h.flatten(0, 1), targets.flatten()  # B * T predictions, each by itself
     kind = h.device.type
     # A chunk costs a pass over the weight's gradient: its logits may be as large as that.
     chunk = max(CHUNK_ROWS.get(kind, CHUNK_ROWS["cpu"]), weight.size(1))
@@ -609,7 +625,7 @@ class DataLoaderLite:
         self.rows_per_step = rows_per_step or B * num_processes
         self.grad_accum_steps = self.rows_per_step // (B * num_processes)
         self.shuffle, self.seed, self.vocab_size = shuffle, seed, vocab_size
-        self.n_windows = (len(tokens) - 1) // T
+        self.n_windows = (len(tokens) - 1) // T  # the last input needs a target too
         if self.n_windows < 1:
             raise UserError(f"{', '.join(tokens.names[:3])}: {len(tokens):,} tokens are less than "
                             f"one window of T + 1 = {T + 1}: lower --T or give more data")
@@ -624,7 +640,7 @@ class DataLoaderLite:
         """This process's share of the next micro-step; the counter is all the state there is."""
         step, micro_step = divmod(self.next_micro_step, self.grad_accum_steps)
         self.next_micro_step += 1
-        first = step * self.rows_per_step
+        first = step * self.rows_per_step  # of the step, over all processes
         first += (micro_step * self.num_processes + self.process_rank) * self.B
         return self.read(self.windows(np.arange(first, first + self.B)))
 
@@ -732,6 +748,7 @@ class Evaluator:
                     _, loss = self.model(x, y)
                 # the last batch may be smaller: weigh by rows, so that every token counts alike
                 total += loss * len(windows)
+        # each process has seen its share: the sum over all of them is the whole
         loss = dist.sum([total.item()])[0] / n
         whole = f" over all {n * loader.T:,} tokens there are" if self.whole_split else ""
         say(f"validation loss: {loss:.4f}{whole}")
@@ -817,6 +834,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.dtype == "float16")
         if saved:
             self.restore(saved)
+        # nothing but the step is needed to know which tokens come next
         loader.reset(self.step)
         self.fetch_batch()
 
@@ -857,9 +875,10 @@ class Trainer:
                 self.scaler.scale(loss).backward()
             loss_accum += loss.detach()
             self.fetch_batch()
+        # the gradients are those of the whole batch now, the same on all processes
         loss, norm = self.clip_and_agree(loss_accum)
         self.check_finite(loss, norm)
-        # the update itself, with the rate of this step
+        # the update itself, with the rate of this step; then the gradients are forgotten
         for optimizer in self.optimizers.values():
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr * param_group.get("ratio", 1.0)
@@ -924,10 +943,12 @@ def train(cfg, dist, trainer, evaluator, reporter, stop):
         # once in a while: how good is it on text that it is not trained on, and what does it write?
         if step % cfg.eval_every == 0 or last_step:
             val_loss = evaluator.validate()
+            # ... and does it know how everyday sentences go on?
             hella = evaluator.score_hellaswag()
             trainer.val_loss = val_loss
             if dist.master_process:
                 reporter.scalars(step, val=val_loss, hella=hella)
+                # an untrained model writes noise: no samples at step 0
                 texts = evaluator.sample() if step > 0 else []
                 for i, text in enumerate(texts):
                     reporter.sample(step, i, text)
@@ -935,9 +956,10 @@ def train(cfg, dist, trainer, evaluator, reporter, stop):
                     reporter.draw()
 
         # once in a while: everything that a resume needs goes to the disk; some of it stays there
-        keep = last_step or is_due(step, cfg.checkpoint_every)
+        keep = last_step or is_due(step, cfg.checkpoint_every)  # under a name of its own
         if keep or is_due(step, cfg.save_every):
             trainer.save(keep, must=last_step)
+        # the weights behind the last update have been evaluated and saved: that is the end
         if last_step:
             return
 
@@ -971,6 +993,7 @@ def make_config(given, saved, weights, dist, model_class):
         if not given.get("eval_only") and not given.get("export_hf"):
             say(f"preset {preset}: {why}" + ("; for the real run: python fineweb.py --ready 10, "
                                              "then this command on a GPU" * (preset == "smoke")))
+    # what was typed beats the checkpoint, which beats the preset
     cfg = settle(TrainConfig, model_class.presets, preset, given, saved, weights)
     if "T" not in given:
         cfg["T"] = min(cfg["T"], cfg["block_size"])
@@ -985,6 +1008,7 @@ def choose_B(cfg, rows, model, dist):
     """Rows per micro-step: what --B says, or the largest power of two that divides and fits."""
     if cfg.B or cfg.eval_only:
         return cfg.B or 8
+    # the smaller B is, the more micro-steps make up the same step: the result does not change
     sizes = [b for b in (64, 32, 16, 8, 4, 2, 1) if rows % b == 0]
     if dist.device.type != "cuda":
         return next(b for b in sizes if b <= 4)
@@ -1098,7 +1122,7 @@ def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
     examples = open_hellaswag(cfg, tokenizer, dist)
 
     # the model, and how many rows of tokens fit beside it
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # the same weights on every process, and in every run
     shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
     model = model_class.load(source, path) if source else model_class(GPTConfig(**shape))
     if source:
@@ -1110,7 +1134,7 @@ def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
     val_loader = None
     if data and cfg.val_tokens != 0:
         val_loader = DataLoaderLite(*split, data.val, vocab_size=cfg.vocab_size)
-    stop = StopFlag(dist)
+    stop = StopFlag(dist)  # Ctrl-C and SIGTERM raise it, once training has begun
     evaluator = Evaluator(cfg, dist, model, val_loader, examples, prompt, tokenizer, stop)
     if cfg.eval_only:
         evaluate_only(evaluator)
@@ -1119,6 +1143,7 @@ def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
     # what trains it
     loader = DataLoaderLite(*split, data.train, cfg.total_batch_size // cfg.T, cfg.shuffle,
                             cfg.seed, cfg.vocab_size)
+    # what every checkpoint says of the run, beside its state
     facts = dict(arch=model.arch, config=asdict(model.config), flags=asdict(cfg),
                  tokenizer=tokenizer.name if tokenizer else "gpt2", data=data.identity)
     trainer = Trainer(cfg, dist, model, loader, stop, facts, source if goes_on else None)

@@ -9,6 +9,7 @@ import shlex
 import sys
 
 from plumbing.errors import UserError, say, warn
+from plumbing.files import HERE
 from plumbing.machine import memory_bytes
 from plumbing.tokens import open_tokenizer, sample_length
 
@@ -114,6 +115,8 @@ def what_next(cfg, device, program):
         return f"python hellaswag.py -m {last}"
     if device.type == "cuda":
         return f"python fineweb.py --ready 10 && python {program}   (the real run)"
+    if cfg.max_steps <= 100 and os.path.dirname(cfg.data) != HERE:  # a text of the user's own
+        return f"python {program} --data {shlex.quote(cfg.data)} {LONGER}"
     if cfg.max_steps <= 100:
         return f"python {program} {LONGER}   (in ten minutes it reads like the play)"
     return f'python {program} --init {last} --eval_only --prompt "The sea" --sample_length 100'

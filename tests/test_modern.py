@@ -220,6 +220,8 @@ def test_each_command_refuses_the_others_checkpoints_by_name(forks, whole, tmp_p
     run = forks.run(f"--init={path}", "--export_hf=out", cwd=tmp_path, patch=AS_MODERN)
     assert run.status == 2 and not (tmp_path / "out").exists()
     assert run.stderr.startswith("modern.py: error: Hugging Face's GPT-2 knows no modern")
+    run = forks.run("--n_embd=32", "--n_head=16", cwd=tmp_path, patch=AS_MODERN)
+    assert run.status == 2 and "is no multiple of 4" in run.stderr
     run = forks.run("--pos=rope", cwd=tmp_path, patch=AS_MODERN)
     assert run.status == 2 and "unrecognized arguments: --pos" in run.stderr
 
