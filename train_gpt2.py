@@ -692,8 +692,8 @@ class DataLoaderLite:
 
 
 # -----------------------------------------------------------------------------
-# Evaluation: on the raw module, so that the compiled step never meets another shape. Nothing in
-# the model depends on train or eval mode.
+# Evaluation: on the raw module, but for batches of the very shape that the compiled one is trained
+# with; so that one never meets another shape. Nothing in the model depends on train or eval mode.
 
 
 def autocast(cfg, device):
@@ -710,12 +710,14 @@ class Evaluator:
     """What a model is worth: validation loss, HellaSwag and samples, as far as they are on.
 
     loader: of the val split, or None; examples: of HellaSwag; prompt: token ids. An empty one is
-    off. A signal in between raises Stopped on all processes.
+    off. A signal in between raises Stopped on all processes. whole_batch_model: the compiled one,
+    where there is one; it knows the shape of a whole batch.
     """
 
     def __init__(self, cfg, dist, model, loader, examples, prompt, tokenizer, stop):
         self.cfg, self.dist, self.model, self.loader = cfg, dist, model, loader
         self.examples, self.prompt, self.tokenizer, self.stop = examples, prompt, tokenizer, stop
+        self.whole_batch_model = model
         wanted = cfg.val_tokens
         if wanted is None:
             wanted = 65536 if dist.device.type == "cpu" else 10485760  # build-nanogpt's, on 8 GPUs
@@ -744,14 +746,15 @@ class Evaluator:
             windows = np.arange(mine, min(mine + loader.B, n))
             if len(windows):
                 x, y = (t.to(dist.device) for t in loader.read(windows))
+                whole = len(windows) == loader.B
                 with self.quick():
-                    _, loss = self.model(x, y)
+                    _, loss = (self.whole_batch_model if whole else self.model)(x, y)
                 # the last batch may be smaller: weigh by rows, so that every token counts alike
                 total += loss * len(windows)
         # each process has seen its share: the sum over all of them is the whole
         loss = dist.sum([total.item()])[0] / n
-        whole = f" over all {n * loader.T:,} tokens there are" if self.whole_split else ""
-        say(f"validation loss: {loss:.4f}{whole}")
+        over = f" over all {n * loader.T:,} tokens there are" if self.whole_split else ""
+        say(f"validation loss: {loss:.4f}{over}")
         return loss
 
     def score_hellaswag(self, details=False):
@@ -825,6 +828,7 @@ class Trainer:
     def __init__(self, cfg, dist, raw_model, loader, stop, facts, saved=None):
         self.cfg, self.dist, self.raw_model, self.loader = cfg, dist, raw_model, loader
         self.stop, self.facts = stop, facts
+        self.saver = checkpoint.Saver(cfg.log_dir)
         self.step = 0  # completed updates
         self.val_loss = None  # at this step
         self.model, self.compiled = machine.wrap(raw_model, dist, cfg.compile)
@@ -917,14 +921,17 @@ class Trainer:
             f"{self.step} shows it")
 
     def save(self, keep=False, must=False):
-        """Write a checkpoint. All processes call it: under --zero each gives its share."""
+        """Write a checkpoint, while training goes on; with `must` it is written on return.
+
+        All processes call it: under --zero each gives its share.
+        """
         optimizers = {k: machine.optimizer_state(o, self.dist) for k, o in self.optimizers.items()}
         if self.dist.master_process:
             finished = self.step == self.cfg.max_steps and keep
-            checkpoint.save_checkpoint(self.facts | dict(
+            self.saver.save(self.facts | dict(
                 model=self.raw_model.state_dict(), optimizer=optimizers,
                 scaler=self.scaler.state_dict(), step=self.step, val_loss=self.val_loss,
-                rng=torch.get_rng_state(), finished=finished), self.cfg.log_dir, keep, must)
+                rng=torch.get_rng_state(), finished=finished), keep, must)
 
 
 # -----------------------------------------------------------------------------
@@ -1147,6 +1154,8 @@ def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
     facts = dict(arch=model.arch, config=asdict(model.config), flags=asdict(cfg),
                  tokenizer=tokenizer.name if tokenizer else "gpt2", data=data.identity)
     trainer = Trainer(cfg, dist, model, loader, stop, facts, source if goes_on else None)
+    if trainer.compiled:
+        evaluator.whole_batch_model = trainer.model
     if goes_on:
         say(f"resuming from {path}, step {trainer.step}")
 
@@ -1155,6 +1164,7 @@ def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
     try:
         return train_to_the_end(cfg, dist, trainer, evaluator, reporter, stop)
     finally:
+        trainer.saver.wait()
         if reporter:
             reporter.close()
 

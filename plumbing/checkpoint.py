@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import threading
 import time
 import zipfile
 import zlib
@@ -31,6 +32,7 @@ import torch
 from plumbing.errors import RunError, UserError, one_line, optional_import, rank, say, warn
 from plumbing.files import atomic_write, keep_copy
 from plumbing.flags import MATHEMATICS, names_of
+from plumbing.machine import synchronize
 
 
 class PickledConfig:
@@ -91,6 +93,57 @@ def save_checkpoint(state, folder, keep=False, must=False):
         if must:
             raise RunError(f"{message}: make room, then go on with --resume") from None
         warn(f"{message}; training goes on and the next save tries again")
+
+
+class Saver:
+    """Writes the checkpoints of a run beside the training, one after the other."""
+
+    def __init__(self, folder):
+        self.folder, self.thread = folder, None
+
+    def save(self, state, keep=False, must=False):
+        """Write `state` behind the caller's back; with `must` before this returns."""
+        self.wait()
+        if must:
+            return save_checkpoint(state, self.folder, keep, must)
+        # the next update changes the weights while they are being written: so copies are
+        try:
+            copies = copy_to_host(state)
+        except RuntimeError:  # there is no room for them: training waits for once
+            return save_checkpoint(state, self.folder, keep)
+        self.thread = threading.Thread(target=save_checkpoint, args=(copies, self.folder, keep))
+        self.thread.start()
+
+    def wait(self):
+        """Until what is being written is on the disk, or has failed."""
+        if self.thread:
+            self.thread.join()
+
+
+def copy_to_host(state):
+    """A nest of plain data with its tensors copied into the host's memory.
+
+    What shares its memory (the embedding and the head) shares it in the copy too.
+    """
+    copies = {}
+
+    def copied(value):
+        if isinstance(value, dict):
+            return {k: copied(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(copied, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        place = value.device, value.data_ptr(), value.shape
+        if place not in copies:
+            # from a GPU into pinned memory, all on their way together
+            copies[place] = value.detach().to("cpu", non_blocking=True, copy=True)
+        return copies[place]
+
+    whole = copied(state)
+    for device in {device for device, *_ in copies}:
+        synchronize(device)
+    return whole
 
 
 def peek(path):

@@ -31,15 +31,22 @@ def rank(name="RANK"):
     return int(number) if number.isdigit() else 0
 
 
-def say(*words):
+def say(message):
     """Print, on the main process only."""
     if rank() == 0:
-        print(*words, flush=True)
+        put(sys.stdout, message)
 
 
 def warn(message):
     if rank() == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        put(sys.stderr, f"warning: {message}")
+
+
+def put(stream, line):
+    """Print a line in one piece: a save beside the training may speak at the same time."""
+    if stream:
+        stream.write(f"{line}\n")
+        stream.flush()
 
 
 def one_line(error, length=200):

@@ -136,12 +136,12 @@ class Reporter:
         self.clock.add(dt)
         rate, mfu = self.tokens_per_step / dt, 1 / dt / self.peak_steps
         self.scalars(step, train=loss, norm=norm, lr=lr, dt=dt, tok_per_sec=rate, mfu=mfu)
-        print(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-              f"dt: {dt * 1000:.2f}ms | tok/sec: {rate:.2f} | mfu: {100 * mfu:.1f}%", flush=True)
+        say(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+              f"dt: {dt * 1000:.2f}ms | tok/sec: {rate:.2f} | mfu: {100 * mfu:.1f}%")
         done, mean = step + 1, self.clock.mean
         if mean and (self.clock.steps == 7 or done % max(25, self.max_steps // 50) == 0):
             left = timedelta(seconds=round(mean * (self.max_steps - done)))
-            print(f"{100 * done / self.max_steps:.1f}% done, {left} of training to go", flush=True)
+            say(f"{100 * done / self.max_steps:.1f}% done, {left} of training to go")
 
     @property
     def tokens_per_second(self):
@@ -149,7 +149,7 @@ class Reporter:
         return self.tokens_per_step / self.clock.mean if self.clock.mean else 0.0
 
     def sample(self, step, i, text):
-        print(f"rank 0 sample {i}: {text}", flush=True)
+        say(f"rank 0 sample {i}: {text}")
         self.samples.write(f"{step} sample {i}: {json.dumps(text, ensure_ascii=False)}")
         if self.wandb:
             self.wandb.log({f"sample {i}": text}, step=step)

@@ -27,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -143,7 +144,11 @@ def trace(seen):
             seen(f"{product[frame.f_code.co_filename]}:{frame.f_lineno}")
         return local
 
-    sys.settrace(lambda frame, *_: local if frame.f_code.co_filename in product else None)
+    def called(frame, event, arg):
+        return local if frame.f_code.co_filename in product else None
+
+    sys.settrace(called)
+    threading.settrace(called)  # of the thread that saves
 
 
 def count_lines(path):

@@ -1,5 +1,6 @@
 """A disk that is full or fails: what was good stays good, and the run says what it could not do."""
 
+import copy
 import errno
 import io
 import os
@@ -108,6 +109,25 @@ def test_a_rename_that_fails_once_takes_no_kept_checkpoint(monkeypatch, tmp_path
     assert failed and weights(tmp_path, "model_00008.pt")["step"] == 8
     assert weights(tmp_path)["step"] in (4, 8)
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "model_00008.pt"]
+
+
+def test_what_is_saved_is_a_copy(tmp_path):
+    """Training changes the weights meanwhile; what shares its memory is written once."""
+    embedding = torch.arange(5000.0)
+    state = dict(step=4, model={"wte": embedding, "lm_head": embedding.view(-1)}, betas=(0.9, 0.95))
+    saver, expected = checkpoint.Saver(str(tmp_path)), copy.deepcopy(state)
+    copies = checkpoint.copy_to_host(state)
+    saver.save(state)
+    embedding.zero_()
+    saver.wait()
+    assert equal(copies, expected) and equal(weights(tmp_path), expected)
+    assert (tmp_path / "last.pt").stat().st_size < 1.5 * embedding.nbytes
+
+
+def test_without_room_for_a_copy_a_save_is_made_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "copy_to_host", lambda state: torch.empty(2**60))
+    checkpoint.Saver(str(tmp_path)).save(dict(step=4), keep=True)
+    assert weights(tmp_path) == weights(tmp_path, "model_00004.pt") == dict(step=4)
 
 
 # -----------------------------------------------------------------------------

@@ -114,6 +114,14 @@ def test_measuring_the_machine_draws_nothing():
 # SIGTERM and Ctrl-C
 
 
+SAVING = f"""
+import threading
+go = threading.Event()
+at("torch.save", go.wait)
+at("plumbing.checkpoint.Saver.wait", go.set, nth=2)
+at("{STEP}", raises("""  # the first save ends when the second waits for it
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
 def test_signals(forks, undisturbed, flags, tmp_path, signum):
     log = tmp_path / "log"
@@ -130,7 +138,10 @@ def test_signals(forks, undisturbed, flags, tmp_path, signum):
     # in the evaluation at step 5, which is abandoned and redone
     stopped(f'at("{BATCH}", wait, nth=3, when=evaluating)', 5)
     assert (5, "val") not in read_log(log) and (4, "train") in read_log(log)
-    stopped('at("torch.save", wait)', 9)  # while the checkpoint of step 8 is written
+    # at step 10, while the checkpoint of step 8 is still being written
+    run = forks.run(*flags, "--resume", cwd=tmp_path, patch=f"{SAVING}{int(signum)}), nth=5)")
+    assert run.status == 128 + signum and weights(log)["step"] == 10
+    assert weights(log, "model_00008.pt")["step"] == 8
     # in the last evaluation, behind that at 10: all steps are done, but the run is not
     stopped(f'at("{BATCH}", wait, nth=19, when=evaluating)', 12)
     assert (12, "val") not in read_log(log)

@@ -17,6 +17,7 @@ from conftest import SHARED, TINY, has_vocabulary, read_log, train, weights, wri
 
 import hellaswag
 import train_gpt2
+from plumbing import machine, tokens
 from plumbing.tokens import get_tokenizer
 
 # build-nanogpt's own classes and loop in float32 on a CPU: loss and gradient norm of 12 steps.
@@ -227,21 +228,45 @@ def test_export_from_the_command(tiny_run, tmp_path, capsys):
         assert torch.allclose(model(idx)[0][..., :50257], hf(idx).logits, atol=1e-5)
 
 
+def test_validation_shows_the_compiled_model_one_shape(tmp_path):
+    """The mean over all tokens, and only whole batches go through the compiled model."""
+    folder, shapes = write_shards(tmp_path / "s", val=16 * 23 + 1), []
+    config = train_gpt2.GPTConfig(block_size=16, vocab_size=512, n_layer=1, n_head=2, n_embd=32)
+    model, stream = train_gpt2.GPT(config), tokens.open_shards(folder, "val")
+    cfg = train_gpt2.TrainConfig(dtype="float32", val_tokens=10**4)
+    dist = machine.Dist(0, 0, 1, torch.device("cpu"))
+    loader = train_gpt2.DataLoaderLite(4, 16, 0, 1, stream)
+    evaluator = train_gpt2.Evaluator(cfg, dist, model, loader, [], [], None, machine.StopFlag(dist))
+
+    def compiled(x, y):
+        shapes.append(tuple(x.shape))
+        return model(x, y)
+
+    evaluator.whole_batch_model = compiled
+    x, y = loader.read(np.arange(23))
+    with torch.no_grad():
+        expected = float(model(x, y)[1])
+    assert math.isclose(evaluator.validate(), expected, rel_tol=1e-6)
+    assert shapes == [(4, 16)] * 5  # 23 rows: the last three go another way
+
+
 @pytest.mark.skipif(not has_vocabulary() or not (SHARED / "data").is_dir(), reason="no examples")
 def test_compiled_training_is_not_touched_by_evaluation(tmp_path, monkeypatch, capsys):
-    """The same train losses bit for bit, and one graph, with HellaSwag and samples on and off."""
+    """The same train losses bit for bit, and no more graphs, with HellaSwag and samples and without
+    any evaluation but the first and the last."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HELLASWAG_FILE", str(SHARED / "data" / "hellaswag_val_head.jsonl"))
     shards, logs = write_shards("s", sizes=(4000,)), []
     for name, extra in (("on", ["--hellaswag=10", "--num_samples=2", "--prompt=a"]),
-                        ("off", ["--hellaswag=0"])):
+                        ("off", ["--hellaswag=0", "--val_tokens=0"])):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         run_here(*TINY, "--vocab_size=50304", "--block_size=256", f"--data={shards}", "--compile",
                  "--n_layer=1", "--max_steps=8", "--eval_every=3", f"--log_dir={name}", *extra)
         logs.append({k: v for k, v in read_log(name).items() if k[1] in ("train", "norm")})
-        # one graph of the model and one of the two lines that try the compiler
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+        # of the model one graph to train and one to validate, and one of the compiler's trial
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == {"on": 3, "off": 2}[name]
     assert logs[0] == logs[1] and len(logs[0]) == 16
     assert all(math.isfinite(float(v)) for v in logs[0].values())
     assert "HellaSwag accuracy:" in capsys.readouterr().out

@@ -3,11 +3,12 @@ The lecture's ladder of speed-ups as one command: each rung adds one to the rung
 
     python tests/bench/ladder.py                                # small model on a CPU, 3 minutes
     python tests/bench/ladder.py --n_layer 12 --B 4 --T 256 --only shipped,ours,compiled
-    python tests/bench/ladder.py --device cuda                  # 124M, B=64, T=1024
+    python tests/bench/ladder.py --device cuda                  # 124M, B=16, T=1024, a rung at a time
     python tests/bench/ladder.py --memory --n_layer 12 --B 4    # peak memory, a process a rung
 
-All rungs are built first and then timed in turn, round after round, so that a machine whose speed
-drifts slows them alike. Printed: median ms per step, tokens/s, mfu (train_gpt2.py's definition:
+On a CPU all rungs are built first and then timed in turn, round after round, so that a machine
+whose speed drifts slows them alike. On a GPU, which is steady and has less memory, each rung is
+built, timed and given up before the next; one that does not fit says so. Printed: median ms per step, tokens/s, mfu (train_gpt2.py's definition:
 model FLOPs over the rate of a large matrix product in --dtype on this device), and the ratio to
 the first rung and to "shipped": build-nanogpt's own configuration. --dtype float32 leaves autocast
 out of every rung, for a CPU whose bfloat16 is emulated.
@@ -28,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_gpt2  # noqa: E402
+from plumbing.errors import is_out_of_memory  # noqa: E402
 from plumbing.machine import measure_matmul, synchronize  # noqa: E402
 from train_gpt2 import GPT, GPTConfig  # noqa: E402
 
@@ -59,8 +61,8 @@ class Rung:
     def __init__(self, settings, args):
         self.s, self.args = settings, args
         torch.manual_seed(1337)
-        width = dict(n_head=args.n_embd // 64, n_embd=args.n_embd, n_layer=args.n_layer)
-        self.model = GPT(GPTConfig(vocab_size=settings["vocab"], **width)).to(args.device)
+        config = GPTConfig(vocab_size=settings["vocab"], **width(args))
+        self.model = GPT(config).to(args.device)
         decay = [p for p in self.model.parameters() if p.dim() >= 2]
         rest = [p for p in self.model.parameters() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
@@ -140,7 +142,7 @@ def main():
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     big = args.device.startswith("cuda")
-    for name, value in dict(n_layer=12 if big else 2, B=64 if big else 2, T=1024 if big else 256,
+    for name, value in dict(n_layer=12 if big else 2, B=16 if big else 2, T=1024 if big else 256,
                             rounds=20 if big else 5).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -153,26 +155,62 @@ def main():
         names = {n: names[n] for n in ("shipped", "ours", "compiled")}
     if args.memory:
         return peak_memory(args, names)
-    built = {n: Rung(s, args) for n, s in names.items()}
-    for rung in built.values():
-        rung.step()
-        rung.step()
-    rates = []
-    for _ in range(args.rounds):
-        rates.append(measure_matmul(torch.device(args.device), getattr(torch, args.dtype)))
+    rates, times = [], {}
+    groups = [[n] for n in names] if big else [list(names)]  # of rungs that are there together
+    for group in groups:
+        times |= time_together({n: names[n] for n in group}, args, rates)
+    report(times, statistics.median(rates), args)
+
+
+def time_together(names, args, rates):
+    """{rung: seconds of each step}, timed in turn; None for all where they do not fit."""
+    device = torch.device(args.device)
+    try:
+        built = {n: Rung(s, args) for n, s in names.items()}
         for rung in built.values():
-            rung.timed_step()
-    rate, tokens = statistics.median(rates), args.B * args.T
+            rung.step()
+            rung.step()
+        for _ in range(args.rounds):
+            rates.append(measure_matmul(device, getattr(torch, args.dtype)))
+            for rung in built.values():
+                rung.timed_step()
+        return {n: rung.times for n, rung in built.items()}
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        return dict.fromkeys(names)
+    finally:
+        built = rung = None
+        torch._dynamo.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def report(times, rate, args):
+    tokens = args.B * args.T
+    medians = {n: t and statistics.median(t) for n, t in times.items()}
+    first, shipped = next(filter(None, medians.values()), None), medians.get("shipped")
     print(f"{args.n_layer} layers, {args.n_embd} wide, B={args.B}, T={args.T}, {args.device}, "
           f"torch {torch.__version__}; large {args.dtype} product {rate / 1e12:.3f} TFLOP/s")
-    medians = {n: statistics.median(r.times) for n, r in built.items()}
-    first, shipped = next(iter(medians.values())), medians.get("shipped")
     print(f"{'rung':12} {'ms/step':>9} {'tok/s':>9} {'mfu':>6} {'x first':>8} {'x shipped':>9}")
     for name, seconds in medians.items():
-        mfu = built[name].model.flops_per_token(args.T) * tokens / seconds / rate
+        if not seconds:
+            print(f"{name:12} out of memory at B={args.B}")
+            continue
+        mfu = flops_per_token(args) * tokens / seconds / rate
         ratio = f"{shipped / seconds:9.2f}" if shipped else " " * 9
         print(f"{name:12} {1000 * seconds:9.1f} {tokens / seconds:9.0f} {100 * mfu:5.1f}% "
               f"{first / seconds:8.2f} {ratio}")
+
+
+def flops_per_token(args):
+    """Of the model of the last rungs, whose vocabulary is padded."""
+    with torch.device("meta"):
+        return GPT(GPTConfig(vocab_size=50304, **width(args))).flops_per_token(args.T)
+
+
+def width(args):
+    return dict(n_head=args.n_embd // 64, n_embd=args.n_embd, n_layer=args.n_layer)
 
 
 if __name__ == "__main__":
