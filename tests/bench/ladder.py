@@ -3,19 +3,21 @@ The lecture's ladder of speed-ups as one command: each rung adds one to the rung
 
     python tests/bench/ladder.py                                # small model on a CPU, 3 minutes
     python tests/bench/ladder.py --n_layer 12 --B 4 --T 256 --only shipped,ours,compiled
-    python tests/bench/ladder.py --device cuda                  # 124M, B=16, T=1024, a rung at a time
+    python tests/bench/ladder.py --device cuda                  # 124M, B=16, T=1024
     python tests/bench/ladder.py --memory --n_layer 12 --B 4    # peak memory, a process a rung
 
 On a CPU all rungs are built first and then timed in turn, round after round, so that a machine
 whose speed drifts slows them alike. On a GPU, which is steady and has less memory, each rung is
-built, timed and given up before the next; one that does not fit says so. Printed: median ms per step, tokens/s, mfu (train_gpt2.py's definition:
-model FLOPs over the rate of a large matrix product in --dtype on this device), and the ratio to
-the first rung and to "shipped": build-nanogpt's own configuration. --dtype float32 leaves autocast
-out of every rung, for a CPU whose bfloat16 is emulated.
+built, timed and given up before the next; one that does not fit says so. Printed: median ms per
+step, tokens/s, mfu (train_gpt2.py's definition: model FLOPs over the rate of a large matrix product
+in --dtype on this device), and the ratio to the first rung and to "shipped": build-nanogpt's own
+configuration. --dtype float32 leaves autocast out of every rung, for a CPU whose bfloat16 is
+emulated.
 """
 
 import argparse
 import contextlib
+import math
 import resource
 import statistics
 import subprocess
@@ -159,7 +161,7 @@ def main():
     groups = [[n] for n in names] if big else [list(names)]  # of rungs that are there together
     for group in groups:
         times |= time_together({n: names[n] for n in group}, args, rates)
-    report(times, statistics.median(rates), args)
+    report(times, statistics.median(rates or [math.nan]), args)
 
 
 def time_together(names, args, rates):
