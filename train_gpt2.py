@@ -123,8 +123,8 @@ class TrainConfig:
     grad_clip: float = flag("optimization", 1.0, "largest gradient norm, 0 = no limit", ge=0)
     optimizer: str = flag("optimization", "adamw", "muon: Muon for the matrices in the blocks, "
                           "AdamW for the rest", choices=("adamw", "muon"))
-    dtype: str = flag("optimization", "auto", "of autocast; auto = bfloat16 where CUDA has it, "
-                      "float16 on older cards, else float32",
+    dtype: str = flag("optimization", "auto", "of autocast; auto = bfloat16 where the device does "
+                      "it well, float16 on older GPUs, else float32",
                       choices=("auto", "bfloat16", "float16", "float32"))
 
     # on what it runs: none of this changes the result but in the last digits
@@ -1006,8 +1006,8 @@ def make_config(given, saved, weights, dist, model_class):
         cfg["T"] = min(cfg["T"], cfg["block_size"])
     if "data" in given:
         cfg["data"] = os.path.abspath(given["data"])
-    if cfg["dtype"] == "auto":
-        cfg["dtype"] = machine.best_dtype(dist.device)
+    if saved and cfg["dtype"] == "auto":
+        cfg["dtype"] = saved["flags"]["dtype"]
     return TrainConfig(**cfg)
 
 
@@ -1102,7 +1102,6 @@ def command(argv, model_class):
         place = cfg.data or SHARDS
         data = tokens.Data(place) if needs_data(cfg, place, "data" in given) else None
         dist.check_same({f"--{k}": v for k, v in given.items()} | {
-            "the automatic --dtype": cfg.dtype,
             "the checkpoint (--log_dir must be on storage that all nodes share)": saved and path,
             "the data": data and data.fingerprint})
         decodes = cfg.num_samples or examples_wanted(cfg, dist.device) or cfg.inspect is not None
@@ -1115,6 +1114,8 @@ def command(argv, model_class):
             loader = DataLoaderLite(1, cfg.T, 0, 1, data.train, cfg.total_batch_size // cfg.T,
                                     cfg.shuffle, cfg.seed)
             return tokens.inspect_step(loader, tokenizer, cfg.inspect) if dist.master_process else 0
+        if cfg.dtype == "auto":
+            cfg = replace(cfg, dtype=machine.best_dtype(dist))
         return run(cfg, dist, model_class, source, path, data, tokenizer, goes_on)
 
 
