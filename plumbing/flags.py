@@ -147,5 +147,5 @@ def settle(cls, presets, preset, given, saved=None, weights=None):
         cfg |= shape
         if given.get("eval_only"):  # as in the checkpoint's own run
             flags = weights.get("flags", {})
-            cfg |= {k: flags.get(k, defaults[k]) for k in ("data", "T", "val_tokens")}
+            cfg |= {k: flags.get(k, defaults[k]) for k in ("data", "T", "val_tokens", "dtype")}
     return cfg | given | {"preset": preset}
