@@ -16,7 +16,6 @@ plumbing/. The sequel, a later model for the same trainer, is modern.py.
 """
 
 import contextlib
-import glob
 import math
 import os
 import sys
@@ -32,13 +31,13 @@ from torch.nn import functional as F
 import hellaswag
 from plumbing import checkpoint, machine, tokens
 from plumbing.checks import (
-    check_batch, check_memory, check_steps, encode_prompt, needs_data, open_tokens, what_next,
+    check_batch, check_memory, choose_preset, encode_prompt, needs_data, open_tokens, what_next,
 )
 from plumbing.errors import RunError, UserError, one_line, optional_import, run_main, say, warn
 from plumbing.files import HERE
 from plumbing.flags import Parser, add_flags, check_ranges, flag, settle
 from plumbing.machine import Stopped, StopFlag
-from plumbing.reporter import Reporter, describe_run
+from plumbing.reporter import open_reporter
 
 SHARDS = os.path.join(HERE, "edu_fineweb10B")
 
@@ -178,18 +177,6 @@ def parse_flags(argv, model_class):
     add_flags(parser, TrainConfig, FLAG_GROUPS, defaults=model_class.presets["gpt2"],
               leave_out=model_class.not_flags)
     return vars(parser.parse_args(argv))
-
-
-def choose_preset(given, device_type, world_size):
-    """(preset, why) where --preset is auto. Several processes are no smoke run by accident."""
-    shards = bool(glob.glob(os.path.join(glob.escape(SHARDS), "*train*")))
-    if device_type != "cpu":
-        if shards or "data" in given or "resume" in given or world_size > 1:
-            return "gpt2", f"there is an accelerator, {device_type}"
-        return "smoke", f"there are no shards in {SHARDS}"
-    if world_size > 1 and "data" not in given:
-        raise UserError(f"{world_size} processes on a CPU: say --preset gpt2 or --preset smoke")
-    return "smoke", "there is no GPU"
 
 
 # -----------------------------------------------------------------------------
@@ -996,7 +983,7 @@ def make_config(given, saved, weights, dist, model_class):
     """The TrainConfig of this call."""
     preset = saved["flags"]["preset"] if saved else given.get("preset", "auto")
     if preset == "auto":
-        preset, why = choose_preset(given, dist.device.type, dist.world_size)
+        preset, why = choose_preset(given, dist, SHARDS)
         if not given.get("eval_only") and not given.get("export_hf"):
             say(f"preset {preset}: {why}" + ("; for the real run: python fineweb.py --ready 10, "
                                              "then this command on a GPU" * (preset == "smoke")))
@@ -1168,24 +1155,6 @@ def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
         trainer.saver.wait()
         if reporter:
             reporter.close()
-
-
-def open_reporter(cfg, dist, trainer, data):
-    """What tells of the run: on the main process, else None."""
-    matmul_rate = machine.measure_matmul(dist.device, getattr(torch, cfg.dtype))
-    settings = describe_run(cfg, dist, trainer, data, matmul_rate)
-    check_steps(cfg, trainer.loader.rows_per_step, trainer.loader.n_windows)
-    flops_per_step = trainer.raw_model.flops_per_token(cfg.T) * cfg.total_batch_size
-    dist.barrier()  # every process has passed every check: from here on files are written
-    reporter = None
-    if dist.master_process:
-        reporter = Reporter(cfg.log_dir, settings, trainer.step, cfg.max_steps,
-                            cfg.total_batch_size, matmul_rate * dist.world_size / flops_per_step,
-                            cfg.wandb)
-    dist.barrier()  # the folder is there now
-    if not all(dist.gather(os.path.isdir(cfg.log_dir))):
-        warn(f"not every node sees {cfg.log_dir}: a resume will need it on shared storage")
-    return reporter
 
 
 def train_to_the_end(cfg, dist, trainer, evaluator, reporter, stop):

@@ -11,10 +11,28 @@ import sys
 from plumbing.errors import UserError, say, warn
 from plumbing.files import HERE
 from plumbing.machine import memory_bytes
-from plumbing.tokens import open_tokenizer, sample_length
+from plumbing.tokens import open_tokenizer, sample_length, split_of
 
 
 LONGER = "--max_steps 1000"  # of the smoke preset: ten minutes on a laptop
+
+
+def choose_preset(given, dist, shards):
+    """(preset, why) where --preset is auto; shards: the folder where they are by default. Several
+    processes are no smoke run by accident."""
+    kind = dist.device.type
+    if kind == "cpu" and dist.world_size > 1 and "data" not in given:
+        raise UserError(f"{dist.world_size} processes on a CPU: say --preset gpt2 or --preset "
+                        "smoke")
+    if kind == "cpu":
+        return "smoke", "there is no GPU"
+    if "data" in given or "resume" in given or dist.world_size > 1 or has_train_shards(shards):
+        return "gpt2", f"there is an accelerator, {kind}"
+    return "smoke", f"there are no shards in {shards}"
+
+
+def has_train_shards(folder):
+    return os.path.isdir(folder) and any(split_of(name) == "train" for name in os.listdir(folder))
 
 
 def check_batch(cfg, world_size):

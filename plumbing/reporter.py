@@ -13,9 +13,12 @@ import sys
 from dataclasses import asdict
 from datetime import timedelta
 
+import torch
+
+from plumbing.checks import check_steps
 from plumbing.errors import RunError, UserError, one_line, optional_import, say, warn
 from plumbing.files import HERE, atomic_write, lock
-from plumbing.machine import device_name, share_of_peak
+from plumbing.machine import device_name, measure_matmul, share_of_peak
 from plumbing.tokens import MANIFEST
 
 # -----------------------------------------------------------------------------
@@ -189,6 +192,24 @@ class Reporter:
         self.lock.release()
 
 
+def open_reporter(cfg, dist, trainer, data):
+    """The Reporter of a run: on the main process, else None. Behind the last check of all."""
+    matmul_rate = measure_matmul(dist.device, getattr(torch, cfg.dtype))
+    settings = describe_run(cfg, dist, trainer, data, matmul_rate)
+    check_steps(cfg, trainer.loader.rows_per_step, trainer.loader.n_windows)
+    flops_per_step = trainer.raw_model.flops_per_token(cfg.T) * cfg.total_batch_size
+    dist.barrier()  # every process has passed every check: from here on files are written
+    reporter = None
+    if dist.master_process:
+        reporter = Reporter(cfg.log_dir, settings, trainer.step, cfg.max_steps,
+                            cfg.total_batch_size, matmul_rate * dist.world_size / flops_per_step,
+                            cfg.wandb)
+    dist.barrier()  # the folder is there now
+    if not all(dist.gather(os.path.isdir(cfg.log_dir))):
+        warn(f"not every node sees {cfg.log_dir}: a resume will need it on shared storage")
+    return reporter
+
+
 def describe_run(cfg, dist, trainer, data, matmul_rate):
     """The start-up block; returns what config.json keeps, enough to repeat the run."""
     loader, name = trainer.loader, device_name(dist.device)
@@ -225,8 +246,6 @@ class Clock:
 
 def versions(*files):
     """What a run ran on, for config.json: git commit, Python, torch, sha256 of files that exist."""
-    import torch
-
     found = dict(python=sys.version.split()[0], torch=torch.__version__, git=None, sha256={})
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         found["git"] = subprocess.run(

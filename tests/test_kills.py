@@ -179,7 +179,7 @@ def test_signal_and_a_full_disk(forks, flags, tmp_path):
 
 
 def test_signal_before_the_first_step_is_no_traceback(forks, flags, tmp_path):
-    for place in ("plumbing.tokens.Data", "train_gpt2.describe_run"):
+    for place in ("plumbing.tokens.Data", "plumbing.reporter.describe_run"):
         patch = f'at("{place}", raises(signal.SIGINT))'
         run = forks.run(*flags, cwd=tmp_path, patch=patch)
         assert run.status == 128 + signal.SIGINT and run.stderr == ""

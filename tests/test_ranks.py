@@ -70,7 +70,7 @@ def test_nothing_is_written_before_all_have_passed_every_check(forks, place):
 from plumbing.errors import UserError
 def fail():
     raise UserError("this machine is too small")
-at("plumbing.machine.measure_matmul", fail)
+at("plumbing.reporter.measure_matmul", fail)
 """
     ranks = as_torchrun(forks, *SHORT, "--log_dir=mine", cwd=place, of={1: dict(patch=patch)})
     ranks[1].refused("on rank 1: this machine is too small")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -226,6 +227,42 @@ def test_export_from_the_command(tiny_run, tmp_path, capsys):
     idx = torch.arange(30)[None]
     with torch.no_grad():
         assert torch.allclose(model(idx)[0][..., :50257], hf(idx).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("able, rate, dtype", [
+    (True, 1.6, "bfloat16"), (True, 1.4, "float32"), (False, 9.0, "float32"),
+])  # fmt: skip
+def test_bfloat16_on_a_cpu_where_it_is_faster(monkeypatch, capsys, able, rate, dtype):
+    rates = {torch.bfloat16: rate, torch.float32: 1.0}
+    monkeypatch.setattr(machine, "measure_matmul", lambda device, dtype, seconds: rates[dtype])
+    monkeypatch.setattr(machine, "has_bfloat16", lambda device: able)
+    assert machine.best_dtype(machine.Dist(0, 0, 1, torch.device("cpu"))) == dtype
+    assert capsys.readouterr().out.startswith(f"dtype {dtype}: " if able else "")
+
+
+FAULTS = """
+import resource, torch
+from plumbing.machine import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):  # an aligned block finds its place at the ninth time at the latest
+        torch.zeros(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+without = faults()
+keep_freed_memory()
+faults()
+print(without, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    result = subprocess.run([sys.executable, "-c", FAULTS], cwd=processes.ROOT, text=True,
+                            capture_output=True, check=True)
+    without, kept = map(int, result.stdout.split())
+    assert kept < without / 10
 
 
 def test_validation_shows_the_compiled_model_one_shape(tmp_path):
