@@ -6,13 +6,12 @@ The lecture's ladder of speed-ups as one command: each rung adds one to the rung
     python tests/bench/ladder.py --device cuda                  # 124M, B=16, T=1024
     python tests/bench/ladder.py --memory --n_layer 12 --B 4    # peak memory, a process a rung
 
-On a CPU all rungs are built first and then timed in turn, round after round, so that a machine
-whose speed drifts slows them alike. On a GPU, which is steady and has less memory, each rung is
-built, timed and given up before the next; one that does not fit says so. Printed: median ms per
-step, tokens/s, mfu (train_gpt2.py's definition: model FLOPs over the rate of a large matrix product
-in --dtype on this device), and the ratio to the first rung and to "shipped": build-nanogpt's own
-configuration. --dtype float32 leaves autocast out of every rung, for a CPU whose bfloat16 is
-emulated.
+Each rung is a process of its own. On a CPU all of them are timed in turn, round after round, so
+that a machine whose speed drifts slows them alike; on a GPU, which is steady and has less memory,
+one after the other. What does not fit says so. Printed: median ms per step, tokens/s, mfu
+(train_gpt2.py's definition: model FLOPs over the rate of a large matrix product in --dtype on this
+device), and the ratio to the first rung and to "shipped": build-nanogpt's own configuration.
+--dtype float32 leaves autocast out of every rung, for a CPU whose bfloat16 is emulated.
 """
 
 import argparse
@@ -32,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_gpt2  # noqa: E402
 from plumbing.errors import is_out_of_memory  # noqa: E402
-from plumbing.machine import measure_matmul, synchronize  # noqa: E402
+from plumbing.machine import keep_freed_memory, measure_matmul, synchronize  # noqa: E402
 from train_gpt2 import GPT, GPTConfig  # noqa: E402
 
 LEAN = dict(train_gpt2.CHUNK_ROWS)
 PLAIN = dict(tf32=False, bf16=False, compile=False, flash=False, vocab=50257, fused=False,
-             lean=False, prefetch=False)
+             lean=False, prefetch=False, kept=False)
 STEPS = [("tf32", dict(tf32=True)), ("bf16", dict(bf16=True)), ("compile", dict(compile=True)),
          ("flash", dict(flash=True)), ("vocab 50304", dict(vocab=50304)),
          ("fused AdamW", dict(fused=True)), ("prefetch", dict(prefetch=True))]
@@ -52,8 +51,8 @@ def rungs(device_type):
             found[name] = settings
     full = PLAIN | dict(tf32=True, bf16=True, flash=True, vocab=50304, fused=True, prefetch=True)
     found["shipped"] = full | dict(fused=device_type == "cuda", prefetch=False)
-    found["ours"] = full | dict(lean=True)  # --no-compile
-    found["compiled"] = full | dict(compile=True, lean=True)  # --compile; the compiler fuses
+    found["ours"] = full | dict(lean=True, kept=True)  # --no-compile
+    found["compiled"] = found["ours"] | dict(compile=True)  # --compile; the compiler fuses
     return found
 
 
@@ -72,7 +71,7 @@ class Rung:
             lr=6e-4, betas=(0.9, 0.95), fused=settings["fused"])
         self.net = torch.compile(self.model) if settings["compile"] else self.model
         self.cpu_batch = torch.randint(0, 50257, (args.B, args.T + 1))
-        self.batch, self.times = self.fetch(), []
+        self.batch = self.fetch()
 
     def fetch(self):
         ids = self.cpu_batch
@@ -103,29 +102,62 @@ class Rung:
         start = time.perf_counter()
         self.step()
         synchronize(torch.device(self.args.device))
-        self.times.append(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+
+def serve(args):
+    """In a process of its own: a rung's peak memory in GB, then for each line read the seconds of a
+    step; "none" where it does not fit."""
+    device = torch.device(args.device)
+    settings = rungs(device.type)[args.child]
+    if settings["kept"] and device.type == "cpu":
+        keep_freed_memory()
+    try:
+        rung = Rung(settings, args)
+        for _ in range(3):
+            rung.step()
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        return print("none", flush=True)
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 1e9, flush=True)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, flush=True)
+    for _ in sys.stdin:
+        print(rung.timed_step(), flush=True)
+
+
+class Child:
+    """A rung in a process of its own; peak in GB, None where it does not fit."""
+
+    def __init__(self, name, args):
+        command = [sys.executable, __file__, "--child", name, "--device", args.device]
+        command += [f"--{k}={getattr(args, k)}" for k in ("dtype", "n_layer", "n_embd", "B", "T")]
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE)
+        peak = self.process.stdout.readline().strip()
+        self.peak, self.times = None if peak == "none" else float(peak), []
+
+    def step(self):
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.times.append(float(self.process.stdout.readline()))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def peak_memory(args, names):
-    """Peak memory of two steps, each rung in a process of its own."""
+    """Peak memory of three steps, a rung at a time."""
     shipped = None
     for name in sorted(names, key=lambda n: n != "shipped"):
-        command = [sys.executable, __file__, "--child", name, "--device", args.device]
-        command += [f"--{k}={getattr(args, k)}" for k in ("dtype", "n_layer", "n_embd", "B", "T")]
-        gb = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        shipped = shipped or gb
-        print(f"{name:12} peak {gb:6.2f} GB   {gb / shipped:.2f} of shipped", flush=True)
-
-
-def child(args):
-    rung = Rung(rungs(torch.device(args.device).type)[args.child], args)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rung.step()
-    rung.step()
-    if args.device == "cuda":
-        print(torch.cuda.max_memory_allocated() / 1e9)
-    else:
-        print(max(base, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9)
+        child = Child(name, args)
+        child.close()
+        shipped = shipped or child.peak
+        print(f"{name:12} peak {child.peak:6.2f} GB   {child.peak / shipped:.2f} of shipped",
+              flush=True)
 
 
 def main():
@@ -149,7 +181,7 @@ def main():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.child:
-        return child(args)
+        return serve(args)
     names = rungs(torch.device(args.device).type)
     if args.only:
         names = {n: names[n] for n in args.only.split(",")}
@@ -160,32 +192,21 @@ def main():
     rates, times = [], {}
     groups = [[n] for n in names] if big else [list(names)]  # of rungs that are there together
     for group in groups:
-        times |= time_together({n: names[n] for n in group}, args, rates)
+        times |= time_together(group, args, rates)
     report(times, statistics.median(rates or [math.nan]), args)
 
 
 def time_together(names, args, rates):
-    """{rung: seconds of each step}, timed in turn; None for all where they do not fit."""
-    device = torch.device(args.device)
-    try:
-        built = {n: Rung(s, args) for n, s in names.items()}
-        for rung in built.values():
-            rung.step()
-            rung.step()
-        for _ in range(args.rounds):
-            rates.append(measure_matmul(device, getattr(torch, args.dtype)))
-            for rung in built.values():
-                rung.timed_step()
-        return {n: rung.times for n, rung in built.items()}
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
-            raise
-        return dict.fromkeys(names)
-    finally:
-        built = rung = None
-        torch._dynamo.reset()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    """{rung: seconds of each step}, timed in turn; none for a rung that does not fit."""
+    children = {n: Child(n, args) for n in names}
+    for _ in range(args.rounds):
+        rates.append(measure_matmul(torch.device(args.device), getattr(torch, args.dtype)))
+        for child in children.values():
+            if child.peak:
+                child.step()
+    for child in children.values():
+        child.close()
+    return {n: child.times for n, child in children.items()}
 
 
 def report(times, rate, args):
