@@ -51,10 +51,10 @@ GPT2_SIZES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
 MAX_LR = dict(zip(GPT2_SIZES, (6e-4, 3e-4, 2.5e-4, 2e-4), strict=True))  # GPT-3 paper, table 2.1
-# Small enough for any laptop, and its text comes with the project.
+# Small enough for any laptop, its text comes with the project, and in float32 all see one result.
 SMOKE = dict(n_layer=4, n_head=4, n_embd=128, block_size=256, T=128, total_batch_size=512,
              max_lr=2e-3, warmup_steps=10, max_steps=100, eval_every=25, val_tokens=4096,
-             data=os.path.join(HERE, "input.txt"))
+             dtype="float32", data=os.path.join(HERE, "input.txt"))
 PRESETS = {name: size | dict(max_lr=MAX_LR[name]) for name, size in GPT2_SIZES.items()}
 PRESETS["smoke"] = SMOKE
 
