@@ -22,6 +22,7 @@ processes.py starts the runs, and stops them where a test says.
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,8 @@ from processes import ROOT, Forks
 SHARED = ROOT.parent / "shared"
 if (SHARED / "tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
+# What a script starts in the background ignores Ctrl-C, and would hand that on to the runs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # One thread each: the tests start many processes on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
