@@ -807,9 +807,9 @@ def evaluate_only(evaluator):
 class Trainer:
     """A run in progress: its weights, its optimizers, and the next batch.
 
-    raw_model is the model itself, for evaluation, samples and checkpoints; model is the same in DDP
-    and compiled. facts: what every checkpoint of this run says of it. saved: a checkpoint to go on
-    from, or None.
+    raw_model is the model itself, for checkpoints, samples and batches of any shape; model is the
+    same in DDP and compiled. facts: what every checkpoint of this run says of it. saved: a
+    checkpoint to go on from, or None.
     """
 
     def __init__(self, cfg, dist, raw_model, loader, stop, facts, saved=None):
@@ -1152,7 +1152,6 @@ def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
     try:
         return train_to_the_end(cfg, dist, trainer, evaluator, reporter, stop)
     finally:
-        trainer.saver.wait()
         if reporter:
             reporter.close()
 

@@ -29,10 +29,12 @@ from dataclasses import asdict
 
 import torch
 
-from plumbing.errors import RunError, UserError, one_line, optional_import, rank, say, warn
+from plumbing.errors import (
+    SAVING, RunError, UserError, one_line, optional_import, rank, say, warn,
+)
 from plumbing.files import atomic_write, keep_copy
 from plumbing.flags import MATHEMATICS, names_of
-from plumbing.machine import synchronize
+from plumbing.machine import free_memory, synchronize
 
 
 class PickledConfig:
@@ -87,7 +89,7 @@ def save_checkpoint(state, folder, keep=False, must=False):
             keep_copy(first, last)
         say(f"saved {last}: step {step}, {os.path.getsize(last) / 1e6:,.0f} MB in "
             f"{time.perf_counter() - start:.2f} s")
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, MemoryError) as e:
         message = (f"step {step} could not be saved ({one_line(e)}); the last good checkpoint in "
                    f"{folder} is as it was")
         if must:
@@ -104,20 +106,35 @@ class Saver:
     def save(self, state, keep=False, must=False):
         """Write `state` behind the caller's back; with `must` before this returns."""
         self.wait()
-        if must:
-            return save_checkpoint(state, self.folder, keep, must)
-        # the next update changes the weights while they are being written: so copies are
+        if must or not self.start(state, keep):
+            save_checkpoint(state, self.folder, keep, must)
+
+    def start(self, state, keep):
+        """Begin to write a copy, as the next update changes the weights; False without the room."""
         try:
-            copies = copy_to_host(state)
-        except RuntimeError:  # there is no room for them: training waits for once
-            return save_checkpoint(state, self.folder, keep)
-        self.thread = threading.Thread(target=save_checkpoint, args=(copies, self.folder, keep))
-        self.thread.start()
+            if copied_bytes(state) > free_memory():
+                return False
+            thread = threading.Thread(target=save_checkpoint, name=SAVING,
+                                      args=(copy_to_host(state), self.folder, keep))
+            thread.start()
+        except (RuntimeError, MemoryError):  # no memory after all, or no room for a thread
+            return False
+        self.thread = thread
+        return True
 
     def wait(self):
         """Until what is being written is on the disk, or has failed."""
         if self.thread:
             self.thread.join()
+
+
+def copied_bytes(state):
+    """Of host memory that copy_to_host takes, at most: pinned memory comes in powers of two."""
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, (list, tuple)):
+        return sum(copied_bytes(value) for value in state)
+    return (1 + state.is_cuda) * state.nbytes if isinstance(state, torch.Tensor) else 0
 
 
 def copy_to_host(state):
@@ -134,7 +151,7 @@ def copy_to_host(state):
             return type(value)(map(copied, value))
         if not isinstance(value, torch.Tensor):
             return value
-        place = value.device, value.data_ptr(), value.shape
+        place = value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
         if place not in copies:
             # from a GPU into pinned memory, all on their way together
             copies[place] = value.detach().to("cpu", non_blocking=True, copy=True)

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 
@@ -65,6 +66,7 @@ def optional_import(name, what_for):
 # -----------------------------------------------------------------------------
 # The end of a command
 
+SAVING = "save"  # the thread that writes a checkpoint
 NO_MEMORY = re.compile(
     "out of memory|allocate memory|nable to allocate|enough memory|size calculation overflow|"
     "CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
@@ -124,6 +126,9 @@ def let_others_speak():
 
 def leave(status):
     """End this process; among several at once and without Python's own taking down."""
+    for thread in threading.enumerate():
+        if thread.name == SAVING:  # what a run that failed had begun to save is good
+            thread.join()
     status = status or int(Output.lost)  # whoever waits for what we say shall know
     if os.environ.get("WORLD_SIZE", "1") == "1" and "TORCHELASTIC_RUN_ID" not in os.environ:
         sys.exit(status)

@@ -147,5 +147,7 @@ def settle(cls, presets, preset, given, saved=None, weights=None):
         cfg |= shape
         if given.get("eval_only"):  # as in the checkpoint's own run
             flags = weights.get("flags", {})
-            cfg |= {k: flags.get(k, defaults[k]) for k in ("data", "T", "val_tokens", "dtype")}
+            cfg |= {k: flags.get(k, defaults[k]) for k in ("data", "T", "val_tokens")}
+            if flags.get("dtype") == "float32":  # the others need a device that has them
+                cfg["dtype"] = "float32"
     return cfg | given | {"preset": preset}

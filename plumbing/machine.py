@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed
@@ -371,6 +372,19 @@ def memory_bytes(device):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return math.inf
+
+
+def free_memory():
+    """Bytes of the host's memory that may still be taken; math.inf where it is not known."""
+    free = math.inf
+    with contextlib.suppress(OSError), open("/proc/meminfo") as f:
+        free = next((1024 * int(x.split()[1]) for x in f if x.startswith("MemAvailable")), free)
+    # a container may have less
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text())
+                       for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return free
 
 
 def fits_gpu(attempt, size, n_bytes, device):

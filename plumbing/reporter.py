@@ -140,7 +140,7 @@ class Reporter:
         rate, mfu = self.tokens_per_step / dt, 1 / dt / self.peak_steps
         self.scalars(step, train=loss, norm=norm, lr=lr, dt=dt, tok_per_sec=rate, mfu=mfu)
         say(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-              f"dt: {dt * 1000:.2f}ms | tok/sec: {rate:.2f} | mfu: {100 * mfu:.1f}%")
+            f"dt: {dt * 1000:.2f}ms | tok/sec: {rate:.2f} | mfu: {100 * mfu:.1f}%")
         done, mean = step + 1, self.clock.mean
         if mean and (self.clock.steps == 7 or done % max(25, self.max_steps // 50) == 0):
             left = timedelta(seconds=round(mean * (self.max_steps - done)))

@@ -48,6 +48,14 @@ def kill():
     os.kill(os.getpid(), KILL)
 
 
+def kill_saved():
+    """The same when what is being saved is on the disk."""
+    for thread in threading.enumerate():
+        if thread.name == "save":
+            thread.join()
+    kill()
+
+
 def no_space():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -4,6 +4,7 @@ import copy
 import errno
 import io
 import os
+import threading
 
 import pytest
 import torch
@@ -111,23 +112,36 @@ def test_a_rename_that_fails_once_takes_no_kept_checkpoint(monkeypatch, tmp_path
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "model_00008.pt"]
 
 
-def test_what_is_saved_is_a_copy(tmp_path):
+def test_what_is_saved_is_a_copy(monkeypatch, tmp_path):
     """Training changes the weights meanwhile; what shares its memory is written once."""
-    embedding = torch.arange(5000.0)
-    state = dict(step=4, model={"wte": embedding, "lm_head": embedding.view(-1)}, betas=(0.9, 0.95))
+    w = torch.arange(4900.0).view(70, 70)
+    state = dict(step=4, model={"wte": w, "lm_head": w.view(70, 70), "t": w.t()}, betas=(0.9, 0.95))
     saver, expected = checkpoint.Saver(str(tmp_path)), copy.deepcopy(state)
-    copies = checkpoint.copy_to_host(state)
+    changed, real = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: changed.wait() and real(*args))
     saver.save(state)
-    embedding.zero_()
+    w.zero_()
+    changed.set()
     saver.wait()
-    assert equal(copies, expected) and equal(weights(tmp_path), expected)
-    assert (tmp_path / "last.pt").stat().st_size < 1.5 * embedding.nbytes
+    assert equal(weights(tmp_path), expected)
+    assert (tmp_path / "last.pt").stat().st_size < 2.5 * w.nbytes
 
 
-def test_without_room_for_a_copy_a_save_is_made_at_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint, "copy_to_host", lambda state: torch.empty(2**60))
-    checkpoint.Saver(str(tmp_path)).save(dict(step=4), keep=True)
-    assert weights(tmp_path) == weights(tmp_path, "model_00004.pt") == dict(step=4)
+def refuse(*_):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("name, fault", [
+    ("checkpoint.free_memory", lambda: 0),
+    ("checkpoint.copy_to_host", lambda _: torch.empty(2**60)),
+    ("checkpoint.threading.Thread.start", refuse),
+], ids=["no memory", "no memory after all", "no thread"])
+def test_without_room_for_a_copy_a_save_is_made_at_once(monkeypatch, tmp_path, name, fault):
+    monkeypatch.setattr(f"plumbing.{name}", fault)
+    state, saver = dict(step=4, model={"w": torch.ones(3)}), checkpoint.Saver(str(tmp_path))
+    saver.save(state, keep=True)
+    assert equal(weights(tmp_path), state) and equal(weights(tmp_path, "model_00004.pt"), state)
+    saver.wait()
 
 
 # -----------------------------------------------------------------------------
@@ -178,7 +192,7 @@ def test_killed_with_half_a_line_in_the_log(forks, undisturbed, flags, tmp_path)
     """The log could not be written, the checkpoint could, then came the kill: lines are missing,
     and none is wrong."""
     full = "torn_log(no_space, when=lambda n: n >= 5)"
-    dies = 'at("train_gpt2.Trainer.update", kill, nth=7)'
+    dies = 'at("train_gpt2.Trainer.update", kill_saved, nth=7)'
     forks.run(*flags, cwd=tmp_path, patch=f"{full}\n{dies}").killed()
     log = tmp_path / "log" / "log.txt"
     assert weights(tmp_path / "log")["step"] == 4 and not log.read_bytes().endswith(b"\n")

@@ -114,12 +114,12 @@ def test_measuring_the_machine_draws_nothing():
 # SIGTERM and Ctrl-C
 
 
-SAVING = f"""
+SAVING = """
 import threading
 go = threading.Event()
 at("torch.save", go.wait)
-at("plumbing.checkpoint.Saver.wait", go.set, nth=2)
-at("{STEP}", raises("""  # the first save ends when the second waits for it
+at("plumbing.checkpoint.Saver.wait", go.set, nth=2)  # the first save ends when the second waits
+"""
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
@@ -139,7 +139,8 @@ def test_signals(forks, undisturbed, flags, tmp_path, signum):
     stopped(f'at("{BATCH}", wait, nth=3, when=evaluating)', 5)
     assert (5, "val") not in read_log(log) and (4, "train") in read_log(log)
     # at step 10, while the checkpoint of step 8 is still being written
-    run = forks.run(*flags, "--resume", cwd=tmp_path, patch=f"{SAVING}{int(signum)}), nth=5)")
+    patch = f'{SAVING}at("{STEP}", raises({int(signum)}), nth=5)'
+    run = forks.run(*flags, "--resume", cwd=tmp_path, patch=patch)
     assert run.status == 128 + signum and weights(log)["step"] == 10
     assert weights(log, "model_00008.pt")["step"] == 8
     # in the last evaluation, behind that at 10: all steps are done, but the run is not
@@ -206,7 +207,7 @@ def test_torchrun_restarts_a_dead_worker(forks, flags, undisturbed, tmp_path, rn
     victim, step = rng.randrange(2), rng.randint(5, 11)
     patch = f"""
 if os.environ["RANK"] == "{victim}" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    at("{STEP}", kill, nth={step})
+    at("{STEP}", kill_saved, nth={step})
 """
     job = forks.torchrun(2, *flags, f"--log_dir={tmp_path / 'log'}", "--resume", cwd=tmp_path,
                          patch=patch, options=["--standalone", "--max_restarts=3"],

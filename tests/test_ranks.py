@@ -9,7 +9,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import TINY, read_log, train, write_shards
+from conftest import TINY, read_log, train, weights, write_shards
 from processes import LINUX, Forks, assert_gone
 
 STEP = "torch.nn.utils.clip_grad_norm_"  # called once in every update
@@ -100,6 +100,24 @@ def test_the_same_data_in_another_place_is_the_same(forks, place, tmp_path):
     ranks = as_torchrun(forks, *SHORT, f"--log_dir={tmp_path / 'mine'}", cwd=place,
                         of={0: slow, 1: dict(cwd=tmp_path)}).good()
     assert ranks.errors == [[], []]
+
+
+TIMED = """
+import torch
+plumbing.machine.has_bfloat16 = lambda device: True
+
+def measure(device, dtype, seconds):
+    return {torch.float32: 1, torch.bfloat16: 2 - int(os.environ["RANK"])}[dtype]
+
+plumbing.machine.measure_matmul = measure
+"""
+
+
+def test_one_process_measures_and_all_take_its_dtype(forks, place):
+    ranks = forks.ranks(2, *SHORT, "--dtype=auto", "--log_dir=timed", cwd=place, patch=TIMED)
+    ranks.end().good()
+    assert "dtype bfloat16" in ranks[0].stdout
+    assert weights(place / "timed")["flags"]["dtype"] == "bfloat16"
 
 
 def test_without_torchrun_each_speaks_for_itself(forks, place):

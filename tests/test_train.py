@@ -246,7 +246,7 @@ from plumbing.machine import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):  # an aligned block finds its place at the ninth time at the latest
+    for _ in range(10):  # glibc finds a freed block again after eight of them at the latest
         torch.zeros(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -289,8 +289,8 @@ def test_validation_shows_the_compiled_model_one_shape(tmp_path):
 
 @pytest.mark.skipif(not has_vocabulary() or not (SHARED / "data").is_dir(), reason="no examples")
 def test_compiled_training_is_not_touched_by_evaluation(tmp_path, monkeypatch, capsys):
-    """The same train losses bit for bit, and no more graphs, with HellaSwag and samples and without
-    any evaluation but the first and the last."""
+    """The same train losses bit for bit, and no more graphs, with every kind of evaluation and with
+    none."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HELLASWAG_FILE", str(SHARED / "data" / "hellaswag_val_head.jsonl"))
     shards, logs = write_shards("s", sizes=(4000,)), []

@@ -137,6 +137,8 @@ class Child:
         self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE)
         peak = self.process.stdout.readline().strip()
+        if not peak:
+            sys.exit(f"{name} has failed")  # and said why
         self.peak, self.times = None if peak == "none" else float(peak), []
 
     def step(self):
@@ -156,8 +158,8 @@ def peak_memory(args, names):
         child = Child(name, args)
         child.close()
         shipped = shipped or child.peak
-        print(f"{name:12} peak {child.peak:6.2f} GB   {child.peak / shipped:.2f} of shipped",
-              flush=True)
+        ratio = child.peak and f"peak {child.peak:6.2f} GB   {child.peak / shipped:.2f} of shipped"
+        print(f"{name:12} {ratio or 'out of memory'}", flush=True)
 
 
 def main():

@@ -129,7 +129,7 @@ def describe(graph):
 
     nodes = [n for n in graph.scheduler.nodes if not isinstance(n, NopKernelSchedulerNode)]
     # weights stay; what the forward pass has kept goes with its last use
-    inputs = {name for name in graph.graph_inputs if not name.startswith("primals")}
+    inputs = {x for x in graph.graph_inputs if not x.startswith(("primals", "arg"))}
     freeable = get_freeable_input_buf(graph.scheduler.nodes, inputs)
     peak, _ = estimate_peak_memory(graph.scheduler.nodes, freeable,
                                    set(graph.get_output_names()))

@@ -45,7 +45,7 @@ def gaps(args, folder, waits):
         train_gpt2.main([
             "--preset=gpt2", f"--data={folder}", f"--log_dir={folder}/log", f"--B={args.B}",
             f"--T={args.T}", f"--total_batch_size={tokens_per_step}", f"--device={args.device}",
-            f"--max_steps={args.saves * EVERY + 1}", f"--save_every={EVERY}", "--val_tokens=0",
+            f"--max_steps={(args.saves + 1) * EVERY}", f"--save_every={EVERY}", "--val_tokens=0",
             f"--n_layer={args.n_layer}", "--num_samples=0", "--hellaswag=0", "--warmup_steps=1",
             "--checkpoint_every=0", "--dtype=" + args.dtype])  # fmt: skip
     except SystemExit as e:
@@ -53,7 +53,7 @@ def gaps(args, folder, waits):
     finally:
         train_gpt2.Trainer.update, checkpoint.Saver.save = real_update, real_save
     steps = dict(enumerate(np.diff(began), start=1))  # the first is behind update 1
-    beside = {n + i for n in saved for i in range(EVERY)}  # a save may last for several of them
+    beside = {n + i for n in saved for i in range(EVERY)}  # a save may last for all of them
     return [steps[n] for n in steps if n in beside], [steps[n] for n in steps if 1 < n < EVERY]
 
 
