@@ -103,7 +103,7 @@ def test_the_same_data_in_another_place_is_the_same(forks, place, tmp_path):
 
 
 TIMED = """
-import torch
+import plumbing.machine, torch
 plumbing.machine.has_bfloat16 = lambda device: True
 
 def measure(device, dtype, seconds):
