@@ -379,11 +379,13 @@ def free_memory():
     free = math.inf
     with contextlib.suppress(OSError), open("/proc/meminfo") as f:
         free = next((1024 * int(x.split()[1]) for x in f if x.startswith("MemAvailable")), free)
-    # a container may have less
+    # a container may have less; what it keeps of files it can let go
     with contextlib.suppress(OSError, ValueError):
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text())
-                       for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
+        limit, used, kinds = (Path("/sys/fs/cgroup", name).read_text()
+                              for name in ("memory.max", "memory.current", "memory.stat"))
+        kinds = dict(line.split() for line in kinds.splitlines())
+        files = int(kinds["active_file"]) + int(kinds["inactive_file"])
+        free = min(free, int(limit) - int(used) + files)
     return free
 
 
