@@ -335,8 +335,7 @@ def test_ctrl_c_is_one_line_that_says_what_is_safe(tmp_path, env, patch, safe):
     argv = ["--files", write_jsonl(tmp_path / "t.jsonl", texts_of(200)), "--shard_size", "3000"]
     argv += ["--num_proc", "2", "--out", tmp_path / "out"]
     process = start(env, "Bytes", *argv, patch=patch)
-    while process.stdout.readline() != "here\n":
-        pass
+    assert any("here" in line for line in process.stdout)  # two workers may share a line
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     _, err = finish(process, status=130)
     assert safe.format(tmp_path / "out") in err and err.count("\n") == 1, err
