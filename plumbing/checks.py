@@ -11,7 +11,7 @@ import sys
 from plumbing.errors import UserError, say, warn
 from plumbing.files import HERE
 from plumbing.machine import memory_bytes
-from plumbing.tokens import open_tokenizer, sample_length, split_of
+from plumbing.tokens import open_tokenizer, sample_length, shard_names
 
 
 LONGER = "--max_steps 1000"  # of the smoke preset: ten minutes on a laptop
@@ -26,13 +26,9 @@ def choose_preset(given, dist, shards):
                         "smoke")
     if kind == "cpu":
         return "smoke", "there is no GPU"
-    if "data" in given or "resume" in given or dist.world_size > 1 or has_train_shards(shards):
+    if "data" in given or "resume" in given or dist.world_size > 1 or shard_names(shards):
         return "gpt2", f"there is an accelerator, {kind}"
     return "smoke", f"there are no shards in {shards}"
-
-
-def has_train_shards(folder):
-    return os.path.isdir(folder) and any(split_of(name) == "train" for name in os.listdir(folder))
 
 
 def check_batch(cfg, world_size):

@@ -199,15 +199,21 @@ def split_of(name):
     return ([None] + re.findall(r"(?<![a-zA-Z])(train|val)(?![a-zA-Z])", name))[-1]
 
 
+def shard_names(folder):
+    """The files in a folder that are shards of a split, sorted; none where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return sorted(name for name in os.listdir(folder) if split_of(name))
+    return []
+
+
 def open_shards(folder, split):
     """
     The shards of a split ('train' or 'val') in a folder, sorted by name, as a TokenStream. Formats
     and sizes are checked, and compared with the manifest where there is one, without reading the
     tokens. Raises UserError.
     """
-    folder, found = os.fspath(folder), []
-    with contextlib.suppress(OSError):
-        found = sorted(n for n in os.listdir(folder) if split_of(n))
+    folder = os.fspath(folder)
+    found = shard_names(folder)
     mine = [n for n in found if split_of(n) == split]
     if not mine:
         gone = "" if os.path.exists(folder) else ", which does not exist"

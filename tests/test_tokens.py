@@ -10,12 +10,15 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import ROOT, has_vocabulary
+import torch
+from conftest import ROOT, has_vocabulary, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plumbing import tokens as tokens_module
+from plumbing.checks import choose_preset
 from plumbing.errors import RunError, UserError
+from plumbing.machine import Dist
 from plumbing.tokens import (
     EOT, MANIFEST_FORMAT, Data, Tokenizer, get_tokenizer, open_shards, read_text,
 )
@@ -292,3 +295,15 @@ def test_a_folder_of_shards_is_known_by_names_and_counts_wherever_it_lies(tmp_pa
     assert one.fingerprint == same.fingerprint != other.fingerprint
     one.tokenize(None)  # there is nothing to do
     assert one.identity == same.identity
+
+
+@pytest.mark.parametrize("typed, made, preset", [
+    ({}, False, "smoke"), ({}, True, "gpt2"), ({"data": "x.txt"}, False, "gpt2"),
+    ({"resume": True}, False, "gpt2"),
+])  # fmt: skip
+def test_the_real_run_needs_a_gpu_and_shards(tmp_path, typed, made, preset):
+    """By itself; there is no GPU here, so the device only says that it is one."""
+    if made:
+        write_shards(tmp_path / "shards")
+    dist = Dist(0, 0, 1, torch.device("cuda"))
+    assert choose_preset(typed, dist, tmp_path / "shards")[0] == preset
