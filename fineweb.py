@@ -40,9 +40,9 @@ from plumbing.errors import RunError, UserError, one_line, run_main, warn
 from plumbing.files import HERE, atomic_write
 from plumbing.flags import Parser, add_flags, check_ranges, flag
 from plumbing.manifest import (
-    complete, entry_of, fault_of, only_writer, open_manifest, promise, settings_in, verify,
+    complete, entry_of, fault_of, only_writer, open_manifest, promise, verify,
 )
-from plumbing.tokens import EOT, TokenStream, get_tokenizer, open_shard, split_of
+from plumbing.tokens import EOT, TokenStream, get_tokenizer, load_manifest, open_shard, split_of
 
 DATASET, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 READY = "kjj0/finewebedu10B-gpt2"  # that sample as tokens
@@ -64,16 +64,16 @@ class Flags:
 
     ready: int = flag(
         "ready", None, "fetch the val shard and the first N train shards, 200 MB each, of a data "
-        "set of tokens; without N all. A larger N later fetches what is missing", int, ge=1)
-    dataset: str = flag("both", None, "data set on the Hugging Face hub, or a folder", str,
+        "set of tokens; without N all. A larger N later fetches what is missing", ge=1)
+    dataset: str = flag("both", None, "data set on the Hugging Face hub, or a folder",
                         shown=f"{DATASET}; with --ready {READY}")
-    revision: str = flag("both", None, "its branch, tag or commit", str,
+    revision: str = flag("both", None, "its branch, tag or commit",
                          shown="main, as it is when the first shard is made")
     out: str = flag("both", os.path.join(HERE, "edu_fineweb10B"), "folder of the shards",
                     shown="edu_fineweb10B beside fineweb.py, where the trainer looks")
     verify: bool = flag("both", False, "only check the shards in --out: size, sha256", shown="")
 
-    name: str = flag("make", None, "its configuration", str, shown=f"{CONFIG}, 10 billion tokens")
+    name: str = flag("make", None, "its configuration", shown=f"{CONFIG}, 10 billion tokens")
     split: str = flag("make", "train", "its split")
     text_column: str = flag("make", "text", "the column that holds the text")
     streaming: bool = flag(
@@ -81,13 +81,13 @@ class Flags:
         f"last. Else all is downloaded first and kept, about 75 GB for {CONFIG}", shown="")
     files: list = flag(
         "make", None, "read these: .parquet, .jsonl, .jsonl.gz (a row is a document), .txt (a file "
-        "is one); paths or globs, in this order. Takes disk for a copy meanwhile", list, shown="")
+        "is one); paths or globs, in this order. Takes disk for a copy meanwhile", shown="")
     shard_size: int = flag("make", 10**8, "tokens per shard; the first is val", ge=1, le=10**10)
     max_tokens: int = flag("make", 0, "stop after so many tokens, 0 = all; 200000000 are 0.4 GB, "
                            "and with --streaming a download of 0.6 GB", ge=0)
     shuffle: int = flag(
         "make", None, "seed of a random order of all documents; with --streaming of the files and "
-        f"of a buffer of {STREAM_BUFFER:,} documents, and a rerun reads from the start again", int,
+        f"of a buffer of {STREAM_BUFFER:,} documents, and a rerun reads from the start again",
         ge=0, le=2**32 - 1, shown="as they come")
     num_proc: int = flag("make", cores(), "worker processes, 200 MB each; a core makes 2 to 4 "
                          "million tokens/s", ge=1, shown=f"one per core: {cores()}")
@@ -437,7 +437,8 @@ def commit_of(args, key):
     into this folder read. `key` is what the settings call the data set."""
     from huggingface_hub import HfApi, constants
 
-    old = settings_in(args.out)
+    manifest = load_manifest(args.out)
+    old = manifest["settings"] if manifest else {}  # what the shards in there were made with
     if args.revision is None and old.get(key) == args.dataset:
         return old["revision"]
     if os.path.isdir(args.dataset) or constants.HF_HUB_OFFLINE:

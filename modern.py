@@ -24,7 +24,7 @@ from train_gpt2 import (
 
 RECIPE = dict(max_lr=0.025, min_lr=0.0, warmup_steps=0, max_steps=3250, grad_clip=0.0,
               weight_decay=0.05)
-HEADS = {"gpt2": 6, "gpt2-medium": 8, "gpt2-large": 10, "gpt2-xl": 10}  # fewer and wider: 128 each
+HEADS = {"gpt2": 6, "gpt2-medium": 8, "gpt2-large": 10, "gpt2-xl": 10}  # fewer and wider
 
 CAP = 15.0  # no logit is beyond it
 
@@ -111,7 +111,7 @@ class ModernGPT(GPT):
     not_flags = ("pos", "mlp", "norm", "optimizer")
 
     def __init__(self, config):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not GPT's, which would make its own layers
         self.config = config
         C, V = config.n_embd, config.vocab_size
         if C % (4 * config.n_head):
@@ -122,8 +122,8 @@ class ModernGPT(GPT):
             ln_0=nn.RMSNorm(C),  # behind the embedding: rows of any size come out alike
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.RMSNorm(C)))
-        # Not tied to the embedding: with rates of their own each learns faster. 38M parameters
-        # more at 124M, which cost memory but, in the embedding, no products.
+        # Not tied to the embedding: with rates of their own each learns faster. At 124M these are
+        # 39M parameters more: they cost memory but, as the embedding only looks up, no products.
         self.lm_head = nn.Linear(C, V)
         self.apply(self._init_weights)
 

@@ -10,9 +10,9 @@ counts completed updates everywhere, and the batch of a step is a function of th
 run can be stopped, resumed, moved to another number of processes or inspected, and nothing but the
 step has to be remembered to know which tokens come next.
 
-Read it from the top: flags, model, loss, optimizers and schedule, data, evaluation, one step, the
-loop, main. What you need not read to learn how GPT-2 is trained (files, flags, processes) is in
-plumbing/. The sequel, a later model for the same trainer, is modern.py.
+Read it from the top: flags, model and optimizers, loss, schedule, data, evaluation, one step, the
+loop, setting up, main. What you need not read to learn how GPT-2 is trained (files, processes, the
+parsing of flags) is in plumbing/. The sequel, a later model for the same trainer, is modern.py.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import hellaswag
-from plumbing import checkpoint, machine, tokens
+from plumbing import checkpoint, hardware, machine, tokens
 from plumbing.checks import (
     check_batch, check_memory, choose_preset, encode_prompt, needs_data, open_tokens, what_next,
 )
@@ -73,7 +73,7 @@ FLAG_GROUPS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every setting of a run. None, 0 or auto: decided at start-up, as the text says."""
+    """Every setting of a run. None, auto and --B 0: decided at start-up, as the text says."""
 
     # the dozen that most people type
     preset: str = flag("command", "auto", "sizes and learning rate; auto = gpt2 where there are a "
@@ -83,7 +83,7 @@ class TrainConfig:
     init: str = flag("command", "scratch", "gpt2, gpt2-medium, gpt2-large or gpt2-xl from Hugging "
                      "Face, or a checkpoint's path: its weights and shape only", common=True)
     B: int = flag("machine", 0, "rows per micro-step and process; 0 = on CUDA the largest power of "
-                  "two up to 64 that fits, on a CPU up to 4", ge=0, common=True)
+                  "two up to 64 that fits, elsewhere up to 4", ge=0, common=True)
     max_steps: int = flag("optimization", 19073, "steps of the run", ge=1, common=True)
     max_lr: float = flag("optimization", 6e-4, "peak learning rate", gt=0, common=True)
     device: str = flag("command", "auto", "cuda, cuda:1, mps or cpu", common=True)
@@ -94,8 +94,8 @@ class TrainConfig:
                            "then stop", common=True)
     prompt: str = flag("evaluation", "Hello, I'm a language model,", "text to continue, - = read "
                        "stdin", common=True)
-    sample_length: int = flag("evaluation", None, "tokens per sample, with the prompt", int, ge=1,
-                              common=True, shown="32; 128 where tokens are bytes")
+    sample_length: int = flag("evaluation", None, "tokens per sample, with the prompt", ge=1,
+                              shown="32; 128 where tokens are bytes", common=True)
 
     # the shape of the model
     n_layer: int = flag("model", 12, "transformer blocks", ge=1)
@@ -115,8 +115,7 @@ class TrainConfig:
     seed: int = flag("data order", 1337, "of the initial weights and of --shuffle", ge=0)
 
     # how it learns from them
-    min_lr: float = flag("optimization", None, "final learning rate", float, ge=0,
-                         shown="max_lr / 10")
+    min_lr: float = flag("optimization", None, "final learning rate", ge=0, shown="max_lr / 10")
     warmup_steps: int = flag("optimization", 715, "steps of linear warm-up", ge=0)
     weight_decay: float = flag("optimization", 0.1, "of matrices and embeddings", ge=0)
     grad_clip: float = flag("optimization", 1.0, "largest gradient norm, 0 = no limit", ge=0)
@@ -127,17 +126,16 @@ class TrainConfig:
                       choices=("auto", "bfloat16", "float16", "float32"))
 
     # on what it runs: none of this changes the result but in the last digits
-    compile: bool = flag("machine", None, "torch.compile the training step", bool,
-                         shown="on for CUDA")
+    compile: bool = flag("machine", None, "torch.compile the training step", shown="on for CUDA")
     zero: bool = flag("machine", False, "shard the optimizer state over the processes")
 
     # what is looked at on the way
     eval_every: int = flag("evaluation", 250, "steps between evaluations; also at step 0 and at "
                            "the end", ge=1)
-    val_tokens: int = flag("evaluation", None, "tokens per validation, 0 = off", int, ge=0,
+    val_tokens: int = flag("evaluation", None, "tokens per validation, 0 = off", ge=0,
                            shown="10485760, on a CPU 65536")
-    hellaswag: int = flag("evaluation", None, "HellaSwag examples per evaluation, 0 = off", int,
-                          ge=0, shown="10042, on a CPU 0")
+    hellaswag: int = flag("evaluation", None, "HellaSwag examples per evaluation, 0 = off", ge=0,
+                          shown="10042, on a CPU 0")
     num_samples: int = flag("evaluation", 4, "samples per evaluation, 0 = off", ge=0, le=10**4)
     top_k: int = flag("evaluation", 50, "sample among the k likeliest tokens, 0 = all", ge=0)
     temperature: float = flag("evaluation", 1.0, "of sampling, 0 = greedy", ge=0)
@@ -152,8 +150,8 @@ class TrainConfig:
     # what a call does in place of training
     export_hf: str = flag("command", "", "write the weights to this folder for Hugging Face, then "
                           "stop")
-    inspect: int = flag("command", None, "print what this step reads and its text, then stop", int,
-                        ge=0, le=10**9, shown="")
+    inspect: int = flag("command", None, "print what this step reads and its text, then stop", ge=0,
+                        le=10**9, shown="")
 
     def __post_init__(self):
         check_ranges(self)
@@ -219,7 +217,8 @@ def attend(layer, q, k, v, mask=None, cache=None, scale=None):
     """Attention of q to k and v, each (B, T, nh, hs) -> (B, T, nh * hs).
 
     mask (B, 1, T, T), bool: True = may attend; without one it is causal. `cache`, a dict, keeps the
-    keys and values of this `layer` between calls, so that a new token costs one token's work.
+    keys and values of this `layer` between calls, so that a new token costs one token's work; once
+    it holds some, they come one at a time.
     """
     B, T, n_head, hs = q.size()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, nh, T, hs): every head by itself
@@ -230,15 +229,16 @@ def attend(layer, q, k, v, mask=None, cache=None, scale=None):
         cache[layer][:, :, :, end - T:end] = torch.stack((k, v))
         k, v = cache[layer][:, :, :, :end]
     causal = mask is None and T == k.size(2)  # a single new token may see all of the cache
-    # Where the device has flash attention it is this call: the T x T weights are never all there.
-    # Every token gets a mean of the values before it, weighed by softmax(q k / sqrt(hs)).
+    # Every token gets a mean of the values up to its own, weighed by softmax(q k * scale), which is
+    # 1 / sqrt(hs) where nothing else is said. Where the device has flash attention it is this call:
+    # the T x T weights are never all there.
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return y.transpose(1, 2).contiguous().view(B, T, n_head * hs)  # the heads side by side again
 
 
 class CausalSelfAttention(nn.Module):
     """Where tokens talk to each other. Each asks (query), says what it has to offer (key), and gets
-    from the tokens before it what they tell (value), as much of each as its key fits the query."""
+    from itself and those before it what they tell (value), as far as their keys fit its query."""
 
     def __init__(self, config):
         super().__init__()
@@ -315,8 +315,8 @@ class GPT(nn.Module):
         self.transformer.ln_f = make_norm(config)  # the stream has grown with every block
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying: tokens of similar meaning should be close where they come in and about
-        # equally likely where they go out, so one matrix serves both ends, and a third of the
-        # parameters is saved.
+        # equally likely where they go out, so one matrix serves both ends. At 124M that saves
+        # another 39M parameters.
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
 
@@ -400,7 +400,7 @@ class GPT(nn.Module):
             else:
                 h = self.hidden(idx[:, -self.config.block_size:])
             logits = self.logits(h[:, -1])[:, :n_vocab].float()  # the padding rows are no tokens
-            if temperature < 1e-6:  # below it the division overflows
+            if temperature < 1e-6:  # 0 divides nothing; near it only the likeliest is left
                 next_id = logits.argmax(dim=-1, keepdim=True)
             else:
                 # of the k likeliest only: the rest are each unlikely, but together they are not
@@ -451,7 +451,8 @@ class GPT(nn.Module):
         # Decay pulls what multiplies (matrices, embeddings: two dimensions) towards zero, so that
         # no single weight carries too much. What shifts or scales has no such need.
         params = [p for p in self.parameters() if p.requires_grad and p not in skip]
-        decay, nodecay = ([p for p in params if (p.dim() >= 2) == d] for d in (True, False))
+        decay = [p for p in params if p.dim() >= 2]
+        nodecay = [p for p in params if p.dim() < 2]
         for name, group in (("decayed", decay), ("non-decayed", nodecay)):
             say(f"num {name} parameter tensors: {len(group)}, with "
                 f"{sum(p.numel() for p in group):,} parameters")
@@ -483,10 +484,10 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# The loss, and why not all the logits. With B = 64 and T = 1024 the logits of a step are 64 * 1024
-# rows of 50304 numbers: 13 GB, by far its largest tensor, and as much again for their gradient. But
-# each row is only needed until its own loss and gradient are known, so a chunk of rows at a time
-# does, and the same numbers come out.
+# The loss, and why not all the logits. With B = 64 and T = 1024 the logits of a micro-step are
+# 64 * 1024 rows of 50304 numbers: 13 GB, by far its largest tensor, and as much again for their
+# gradient. But each row is only needed until its own loss and gradient are known, so a chunk of
+# rows at a time does, and the same numbers come out.
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 4096}  # least rows of logits alive together
 
@@ -696,9 +697,9 @@ def autocast(cfg, device):
 class Evaluator:
     """What a model is worth: validation loss, HellaSwag and samples, as far as they are on.
 
-    loader: of the val split, or None; examples: of HellaSwag; prompt: token ids. An empty one is
-    off. A signal in between raises Stopped on all processes. whole_batch_model: the compiled one,
-    where there is one; it knows the shape of a whole batch.
+    loader: of the val split, or None; examples: of HellaSwag; prompt: token ids, on the main
+    process. An empty one is off. A signal in between raises Stopped on all processes.
+    whole_batch_model: the compiled one, where there is one; it knows the shape of a whole batch.
     """
 
     def __init__(self, cfg, dist, model, loader, examples, prompt, tokenizer, stop):
@@ -709,7 +710,7 @@ class Evaluator:
         if wanted is None:
             wanted = 65536 if dist.device.type == "cpu" else 10485760  # build-nanogpt's, on 8 GPUs
         self.val_windows = 0
-        if loader and wanted:
+        if loader:
             self.val_windows = min(max(1, wanted // loader.T), loader.n_windows)
             self.whole_split = self.val_windows < wanted // loader.T
             loader.read(np.arange(1))  # what is wrong with the split is said before training
@@ -718,7 +719,7 @@ class Evaluator:
     def quick(self):
         """No graph, low precision, and no attention kernel that plans anew for each shape."""
         low_precision = autocast(self.cfg, self.dist.device)
-        with torch.no_grad(), low_precision, machine.attention_of_any_shape():
+        with torch.no_grad(), low_precision, hardware.attention_of_any_shape():
             yield
 
     def validate(self):
@@ -770,7 +771,7 @@ class Evaluator:
         live(ids) is given the tokens of sample 0 as they come. The generator is its own, seeded 42
         every time: no other random state moves.
         """
-        if not self.prompt or not self.dist.master_process:
+        if not self.prompt:
             return []
         cfg, device = self.cfg, self.dist.device
         idx = torch.tensor(self.prompt, device=device).repeat(cfg.num_samples, 1)
@@ -790,7 +791,7 @@ def evaluate_only(evaluator):
     """Validation loss, HellaSwag and samples of loaded weights; writes nothing."""
     evaluator.validate()
     evaluator.score_hellaswag(details=True)
-    if not evaluator.prompt or not evaluator.dist.master_process:
+    if not evaluator.prompt:
         return
     decode = evaluator.tokenizer.stream()
     print(f"sample 0: {decode(evaluator.prompt)}", end="", flush=True)
@@ -821,7 +822,7 @@ class Trainer:
         self.model, self.compiled = machine.wrap(raw_model, dist, cfg.compile)
         self.optimizers = raw_model.make_optimizers(cfg, dist.device.type,
                                                     cfg.zero and dist.world_size > 1)
-        # float16 has no small numbers: the scaler multiplies the loss so that gradients have some
+        # float16 takes small gradients for zero: the scaler makes the loss, and so them, larger
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.dtype == "float16")
         if saved:
             self.restore(saved)
@@ -838,9 +839,11 @@ class Trainer:
         self.step = saved["step"]
 
     def fetch_batch(self):
-        """Start the next batch on its way to the device, beside the work that runs there."""
+        """Read the next batch while the device works, and queue its copy behind that work."""
         cuda = self.dist.device.type == "cuda"
-        self.batch = [(t.pin_memory() if cuda else t).to(self.dist.device, non_blocking=True)
+        # Only a pinned copy may be left to itself: an Apple GPU would read memory that has been
+        # given away by then (github.com/pytorch/pytorch/issues/189690).
+        self.batch = [(t.pin_memory() if cuda else t).to(self.dist.device, non_blocking=cuda)
                       for t in self.loader.next_batch()]
 
     def update(self, lr):
@@ -852,7 +855,7 @@ class Trainer:
         cfg, device, grad_accum_steps = self.cfg, self.dist.device, self.loader.grad_accum_steps
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            x, y = self.batch  # it came while the last step ran
+            x, y = self.batch  # it came while the last micro-step ran
             # Gradients add up on each process by themselves; exchanging them once, behind the last
             # micro-step, is enough. DDP reads that decision in its forward, so it wraps both.
             alone = self.dist.world_size > 1 and micro_step < grad_accum_steps - 1
@@ -873,7 +876,7 @@ class Trainer:
         for optimizer in self.optimizers.values():
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr * param_group.get("ratio", 1.0)
-            if math.isfinite(norm):
+            if math.isfinite(norm):  # in float16 one may overflow: then no optimizer steps
                 self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
@@ -884,7 +887,8 @@ class Trainer:
         """Clip the gradients; (mean loss over the processes, norm before clipping) as numbers."""
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
-        # one strange batch must not throw the weights far: at most a step of this length
+        # One strange batch must not rule the optimizer's averages for many steps: its gradient gets
+        # no longer than this.
         norm = nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.cfg.grad_clip or math.inf)
         # whether a signal came rides along, so that all processes stop behind the same step
         stop = loss_accum.new_full((), float(self.stop.here()))
@@ -898,7 +902,7 @@ class Trainer:
     def check_finite(self, loss, norm):
         """End the run before a loss or a norm that is not finite spoils the weights."""
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.get_scale() > 1):
-            return  # float16: the scaler skips an update whose norm overflowed and halves its scale
+            return  # float16 overflowed: update() skips this step, and the scaler halves its scale
         rows, names = list(self.loader.where(self.step)), self.loader.tokens.names
         (*_, first, start), (*_, last, end) = rows[0], rows[-1]
         raise RunError(
@@ -966,7 +970,8 @@ def train(cfg, dist, trainer, evaluator, reporter, stop):
             reporter.update(step, loss, norm, lr, dt)
 
         # Ctrl-C or SIGTERM, on any process: all of them leave here
-        stop.raise_agreed()
+        if stop.agreed:
+            raise Stopped
 
 
 def is_due(step, every):
@@ -987,7 +992,6 @@ def make_config(given, saved, weights, dist, model_class):
         if not given.get("eval_only") and not given.get("export_hf"):
             say(f"preset {preset}: {why}" + ("; for the real run: python fineweb.py --ready 10, "
                                              "then this command on a GPU" * (preset == "smoke")))
-    # what was typed beats the checkpoint, which beats the preset
     cfg = settle(TrainConfig, model_class.presets, preset, given, saved, weights)
     if "T" not in given:
         cfg["T"] = min(cfg["T"], cfg["block_size"])
@@ -1017,7 +1021,7 @@ def choose_B(cfg, rows, model, dist):
     # whole and in half precision
     aside = (8 + 4 * (dist.world_size > 1)) * sum(p.numel() for p in model.parameters())
     per_row = 2 * cfg.T * cfg.vocab_size * (cfg.compile is not False)
-    fitting = (B for B in sizes if machine.fits_gpu(one_step, B, aside + B * per_row, dist.device))
+    fitting = (B for B in sizes if hardware.fits_gpu(one_step, B, aside + B * per_row, dist.device))
     B = min(dist.gather(next(fitting, 0)))
     model.zero_grad(set_to_none=True)
     if not B:
@@ -1064,7 +1068,7 @@ def main(argv=None, model_class=GPT):
 
 
 def command(argv, model_class):
-    """What the flags ask for; here all that needs no model. Returns the exit status."""
+    """What the flags ask for: where weights and data come from. Returns the exit status."""
     given = parse_flags(argv, model_class)
     with machine.processes(given.get("device", "auto")) as dist:
         # where the weights come from: a run to go on with, a checkpoint, Hugging Face, or chance
@@ -1094,15 +1098,15 @@ def command(argv, model_class):
         decodes = cfg.num_samples or examples_wanted(cfg, dist.device) or cfg.inspect is not None
         tokenizer = open_tokens(data, source, dist, needed=decodes)
         if goes_on:
-            checkpoint.check_resume(*({"--data": checkpoint.describe_data(identity)}
-                                      for identity in (data.identity, saved["data"])))
+            now, then = (checkpoint.describe_data(d) for d in (data.identity, saved["data"]))
+            checkpoint.check_resume({"--data": now}, {"--data": then})
         if cfg.inspect is not None:
             check_batch(replace(cfg, B=1), 1)
             loader = DataLoaderLite(1, cfg.T, 0, 1, data.train, cfg.total_batch_size // cfg.T,
                                     cfg.shuffle, cfg.seed)
             return tokens.inspect_step(loader, tokenizer, cfg.inspect) if dist.master_process else 0
         if cfg.dtype == "auto":
-            cfg = replace(cfg, dtype=machine.best_dtype(dist))
+            cfg = replace(cfg, dtype=hardware.best_dtype(dist))
         return run(cfg, dist, model_class, source, path, data, tokenizer, goes_on)
 
 
@@ -1110,7 +1114,7 @@ def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
     """Evaluate a model, or train it. Returns the exit status."""
     rows = None if cfg.eval_only else check_batch(cfg, dist.world_size)
     check_memory(cfg, dist.device)
-    if cfg.wandb:
+    if cfg.wandb and not cfg.eval_only:
         optional_import("wandb", "--wandb")
     # stdin belongs to the main process, and only that one samples
     prompt = encode_prompt(cfg, tokenizer) if dist.master_process else []
@@ -1123,12 +1127,12 @@ def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
     if source:
         del source["model"]  # once in memory is enough
     model.to(dist.device)
-    split = choose_B(cfg, rows, model, dist), cfg.T, dist.rank, dist.world_size
+    share = choose_B(cfg, rows, model, dist), cfg.T, dist.rank, dist.world_size
 
     # what it is worth
     val_loader = None
     if data and cfg.val_tokens != 0:
-        val_loader = DataLoaderLite(*split, data.val, vocab_size=cfg.vocab_size)
+        val_loader = DataLoaderLite(*share, data.val, vocab_size=cfg.vocab_size)
     stop = StopFlag(dist)  # Ctrl-C and SIGTERM raise it, once training has begun
     evaluator = Evaluator(cfg, dist, model, val_loader, examples, prompt, tokenizer, stop)
     if cfg.eval_only:
@@ -1136,7 +1140,7 @@ def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
         return 0
 
     # what trains it
-    loader = DataLoaderLite(*split, data.train, cfg.total_batch_size // cfg.T, cfg.shuffle,
+    loader = DataLoaderLite(*share, data.train, cfg.total_batch_size // cfg.T, cfg.shuffle,
                             cfg.seed, cfg.vocab_size)
     # what every checkpoint says of the run, beside its state
     facts = dict(arch=model.arch, config=asdict(model.config), flags=asdict(cfg),

@@ -34,7 +34,7 @@ from plumbing.errors import (
 )
 from plumbing.files import atomic_write, keep_copy
 from plumbing.flags import MATHEMATICS, names_of
-from plumbing.machine import free_memory, synchronize
+from plumbing.hardware import free_memory, synchronize
 
 
 class PickledConfig:

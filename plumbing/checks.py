@@ -10,7 +10,7 @@ import sys
 
 from plumbing.errors import UserError, say, warn
 from plumbing.files import HERE
-from plumbing.machine import memory_bytes
+from plumbing.hardware import memory_bytes
 from plumbing.tokens import open_tokenizer, sample_length, shard_names
 
 
@@ -85,16 +85,15 @@ def open_tokens(data, source, dist, needed):
     shards are ever to be decoded.
     """
     wanted = source.get("tokenizer", "gpt2") if source else None
-    if data is None:
-        return open_tokenizer(wanted, dist, required=True)
-    if data.is_text:
-        tokenizer = open_tokenizer(wanted, dist, required=True)
+    if data and not data.is_text:
+        if wanted == "bytes":
+            raise UserError(f"the checkpoint's tokens are the byte fallback's, those in {data.path}"
+                            " are GPT-2's: give the text file that it was trained on with --data")
+        return open_tokenizer("gpt2", dist, required=False) if needed else None
+    tokenizer = open_tokenizer(wanted, dist, required=True)
+    if data:
         data.tokenize(tokenizer)
-        return tokenizer
-    if wanted == "bytes":
-        raise UserError(f"the checkpoint's tokens are the byte fallback's, those in {data.path} "
-                        "are GPT-2's: give the text file that it was trained on with --data")
-    return open_tokenizer("gpt2", dist, required=False) if needed else None
+    return tokenizer
 
 
 def encode_prompt(cfg, tokenizer):

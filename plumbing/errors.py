@@ -32,27 +32,20 @@ def rank(name="RANK"):
     return int(number) if number.isdigit() else 0
 
 
-def say(message):
+def say(message, stream="stdout"):
     """Print, on the main process only."""
-    if rank() == 0:
-        put(sys.stdout, message)
+    if rank() == 0:  # in one piece: a save beside the training may speak at the same time
+        print(f"{message}\n", end="", file=getattr(sys, stream), flush=True)
 
 
 def warn(message):
-    if rank() == 0:
-        put(sys.stderr, f"warning: {message}")
-
-
-def put(stream, line):
-    """Print a line in one piece: a save beside the training may speak at the same time."""
-    if stream:
-        stream.write(f"{line}\n")
-        stream.flush()
+    say(f"warning: {message}", "stderr")
 
 
 def one_line(error, length=200):
     """An exception as one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:length]
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    return (f"{kind}: {text}" if text else kind)[:length]
 
 
 def optional_import(name, what_for):
@@ -68,15 +61,16 @@ def optional_import(name, what_for):
 
 SAVING = "save"  # the thread that writes a checkpoint
 NO_MEMORY = re.compile(
-    "out of memory|allocate memory|nable to allocate|enough memory|size calculation overflow|"
+    "out of memory|allocate memory|enough memory|size calculation overflow|"
     "CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
 )
 LOST_PEER = re.compile("onnection (closed|reset) by peer")
 
 
 def is_out_of_memory(error):
-    """Whether torch, numpy or the GPU's driver says that there is no memory left."""
-    return isinstance(error, (RuntimeError, MemoryError)) and bool(NO_MEMORY.search(str(error)))
+    """Whether Python, numpy, torch or the GPU's driver says that there is no memory left."""
+    said = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))
+    return isinstance(error, MemoryError) or bool(said)
 
 
 def run_main(program, command, smaller="a smaller model, --B or --T"):
@@ -91,18 +85,16 @@ def run_main(program, command, smaller="a smaller model, --B or --T"):
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except Exception as e:
-        error, status = e, status_of(e)
+        error, status = e, 2 if isinstance(e, UserError) or is_out_of_memory(e) else 1
     if error:
-        lost_peer = LOST_PEER.search(str(error))
+        # our own words may hold the same of a download
+        own = isinstance(error, (UserError, RunError))
+        lost_peer = not own and LOST_PEER.search(str(error))
         if rank() > 0 or lost_peer:
             let_others_speak()
         if not (lost_peer and "TORCHELASTIC_RUN_ID" in os.environ):  # torchrun reports that one
             print(describe(program, error, smaller), file=sys.stderr, flush=True)
     leave(status)
-
-
-def status_of(error):
-    return 2 if isinstance(error, UserError) or is_out_of_memory(error) else 1
 
 
 def describe(program, error, smaller):

@@ -54,13 +54,13 @@ def keep_copy(source, path):
             shutil.copyfileobj(old, new)
 
 
-def lock(path, refusal, seconds=2.0):
+def lock(path, refusal):
     """A lock file, held until release() or the end of this process; else UserError(refusal)."""
     from filelock import FileLock, Timeout
 
     held = FileLock(path)
     try:
-        held.acquire(timeout=seconds)  # whose process was just killed may need a moment to go
+        held.acquire(timeout=2.0)  # whose process was just killed may need a moment to go
     except Timeout:
         raise UserError(refusal) from None
     except NotImplementedError:  # some network file systems know no locks

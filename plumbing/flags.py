@@ -16,17 +16,17 @@ from plumbing.errors import UserError
 MATHEMATICS = ("model", "data order", "optimization")
 
 
-def flag(group, default, text, kind=None, ge=None, gt=None, le=None, choices=None, shown=None,
-         empty=False, common=False):
+def flag(group, default, text, ge=None, gt=None, le=None, choices=None, shown=None, empty=False,
+         common=False):
     """A field of a dataclass of flags.
 
-    group: the heading of --help that it stands under. kind: its type where the default is None.
-    ge, gt: the least value, inclusive or not; le: the largest. shown: the default in words. empty:
-    whether an empty text is a value. common: whether most people need it; those come first.
+    group: the heading of --help that it stands under. ge, gt: the least value, inclusive or not;
+    le: the largest. shown: the default in words. empty: whether an empty text is a value. common:
+    whether most people need it; those come first.
     """
-    kind, shown = kind or type(default), str(default) if shown is None else shown
-    return field(default=default, metadata=dict(group=group, text=text, kind=kind, ge=ge, gt=gt,
-                                                le=le, choices=choices, shown=shown, empty=empty,
+    shown = str(default) if shown is None else shown
+    return field(default=default, metadata=dict(group=group, text=text, ge=ge, gt=gt, le=le,
+                                                choices=choices, shown=shown, empty=empty,
                                                 common=common))
 
 
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         hint = ""
         if message.startswith("unrecognized arguments: "):
-            unknown = message.split(": ")[1].split()[0].split("=")[0]
+            unknown = message.split(": ", 1)[1].partition(" ")[0].partition("=")[0]
             known = difflib.get_close_matches(unknown, self._option_string_actions, 1, 0.7)
             hint = f"; did you mean {known[0]}?" if known else ""
         raise UserError(f"{message}{hint} (--help lists the flags)")
@@ -80,7 +80,7 @@ def add_flags(parser, cls, titles, defaults=None, leave_out=()):
     for f in fields(cls):
         if f.name in leave_out:
             continue
-        meta, kind = f.metadata, f.metadata["kind"]
+        meta, kind = f.metadata, f.type
         how = dict(action=argparse.BooleanOptionalAction)
         if kind is list:
             how = dict(type=not_empty, nargs="+", metavar="PATH")

@@ -1,25 +1,21 @@
 """
-The processes of a run and the device each of them has, on torch.distributed under torchrun.
+The processes of a run and what they share, on torch.distributed under torchrun.
 """
 
 import contextlib
-import ctypes
-import logging
-import math
 import os
-import platform
 import signal
 import sys
 import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed
 
-from plumbing.errors import UserError, is_out_of_memory, one_line, rank, say, warn
+from plumbing.errors import UserError, say
+from plumbing.hardware import can_compile, choose_device, keep_freed_memory
 
 # -----------------------------------------------------------------------------
 # Processes: one, or several under torchrun
@@ -89,32 +85,6 @@ class Dist:
                                     "start all processes alike")
 
 
-def choose_device(name, local_rank, local_world_size):
-    """The device of this process: what was asked for, or the best there is."""
-    has_mps = torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else (
-            "mps" if has_mps and local_world_size == 1 else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cuda", "mps", "cpu") or (index and not (kind == "cuda" and index.isdigit())):
-        raise UserError(f"--device {name}: choose cuda, cuda:0, cuda:1, ..., mps or cpu")
-    if kind == "mps" and not has_mps:
-        raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
-    if local_world_size > 1 and (index or kind == "mps"):
-        raise UserError(f"--device {name}: several processes need --device cuda or --device cpu")
-    if kind != "cuda":
-        return torch.device(kind)
-    count = torch.cuda.device_count()
-    if count == 0:
-        raise UserError(f"--device {name}: no CUDA device is there; use --device cpu")
-    if local_world_size > count:
-        raise UserError(f"{local_world_size} processes on this machine but {count} GPUs: start "
-                        f"--nproc_per_node={count}")
-    if int(index or local_rank) >= count:
-        raise UserError(f"--device {name}: there are {count} CUDA devices, 0 to {count - 1}")
-    return torch.device("cuda", int(index or local_rank))
-
-
 @contextlib.contextmanager
 def processes(device_name):
     """Yield this process's Dist, inside a process group where torchrun started several."""
@@ -155,7 +125,11 @@ def read_environment():
     if int(env["WORLD_SIZE"]) > 1 and missing:
         raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']} but {', '.join(sorted(missing))} is "
                         "not set: start with torchrun, or unset WORLD_SIZE")
-    return {k: int(v) for k, v in env.items()}
+    env = {k: int(v) for k, v in env.items()}
+    if env["RANK"] >= env["WORLD_SIZE"]:
+        raise UserError(f"RANK is {env['RANK']} but WORLD_SIZE is {env['WORLD_SIZE']}: start with "
+                        "torchrun, or unset both")
+    return env
 
 
 def give_up():
@@ -182,7 +156,6 @@ class StopFlag:
         self.dist = dist
         self.signum, self.since = 0, 0.0
         self.agreed = False  # all processes know
-        self.elastic = "TORCHELASTIC_RUN_ID" in os.environ
 
     def install(self):
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -198,18 +171,13 @@ class StopFlag:
 
     def here(self):
         """Nonzero where this process wants to stop."""
-        if self.elastic and os.getppid() != PARENT:
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT:
             self.signum = self.signum or signal.SIGTERM
         return self.signum
 
     def check(self):
         """Raise Stopped on all processes where any of them wants to stop; all must call it."""
-        self.agreed = self.agreed or sum(self.dist.sum([self.here()])) > 0
-        self.raise_agreed()
-
-    def raise_agreed(self):
-        """Raise Stopped where all processes have agreed to stop."""
-        if self.agreed:
+        if sum(self.dist.sum([self.here()])):
             raise Stopped
 
     @property
@@ -218,7 +186,28 @@ class StopFlag:
 
 
 # -----------------------------------------------------------------------------
-# Optimizers, plain or shared out over the processes
+# The model and its optimizers, plain or shared out over the processes
+
+
+def wrap(model, dist, wants_compile):
+    """(the model in DDP and then compiled, the order that torch wants; whether it is compiled).
+
+    wants_compile: None = on CUDA.
+    """
+    cuda = dist.device.type == "cuda"
+    if dist.world_size > 1:
+        # 100 MB a message: fewer cuts through the compiled graph than with torch's 25
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[dist.device.index] if cuda else None, gradient_as_bucket_view=True,
+            bucket_cap_mb=100)
+    wanted = cuda if wants_compile is None else wants_compile
+    if not all(dist.gather(wanted and can_compile(dist.device))):
+        return model, False
+    if not cuda:
+        # the compiled embedding backward adds atomically: without this no two runs are equal
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    return torch.compile(model), True
 
 
 def make_optimizer(kind, groups, zero, **settings):
@@ -280,171 +269,3 @@ def load_optimizer(optimizer, state):
             if "step" in values:
                 values["step"] = values["step"].to(p.device)
         optimizer.state.clear()
-
-
-# -----------------------------------------------------------------------------
-# The device
-
-
-def best_dtype(dist):
-    """bfloat16 where all devices do it well, float16 on older CUDA cards, else float32."""
-    able, kind = all(dist.gather(has_bfloat16(dist.device))), dist.device.type
-    if kind == "cuda" or not able:
-        return "bfloat16" if able else "float16" if kind == "cuda" else "float32"
-    # some CPUs are slower with it; that is measured, so one process decides for all
-    return dist.broadcast(faster_dtype(dist.device) if dist.master_process else None)
-
-
-def has_bfloat16(device):
-    """Whether the device has instructions for it; a CPU has AMX, or AVX-512 with bfloat16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
-
-
-def faster_dtype(device):
-    """bfloat16 where its products are 1.5 times as fast: what surrounds them gets no faster."""
-    low, full = (measure_matmul(device, dtype, seconds=0.25)
-                 for dtype in (torch.bfloat16, torch.float32))
-    dtype = "bfloat16" if low >= 1.5 * full else "float32"
-    say(f"dtype {dtype}: a product in bfloat16 takes {full / low:.2f} of float32's time")
-    return dtype
-
-
-def keep_freed_memory():
-    """Let glibc keep what torch frees for the next step: a page that goes back to the system and is
-    asked for again costs a fault, and a step of 124M has 130,000 of them."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have other ways
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no mapping by itself for a large tensor
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
-
-
-def synchronize(device):
-    """Wait for what was started on the device."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def measure_matmul(device, dtype, seconds=0.5):
-    """FLOP/s that a large matrix product reaches on this device."""
-    n = 8192 if device.type == "cuda" else 2048
-    own = torch.Generator(device)  # a resume has restored the other one
-    a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
-    a @ b  # the first product on a GPU also loads its kernels
-    best, spent = math.inf, 0.0
-    synchronize(device)
-    while spent < seconds:
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        took = time.perf_counter() - start
-        best, spent = min(best, took), spent + took
-    return 2 * n**3 / best
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-
-
-# Dense bfloat16 TFLOP/s by the makers' data sheets; float16 on the T4 and the V100, which have no
-# bfloat16. The first name that is part of the card's own counts.
-DATA_SHEETS = {"B200": 2250, "GH200": 989, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756,
-               "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "4090": 165,
-               "3090": 71, "V100": 125, "T4": 65}
-
-
-def share_of_peak(name, dtype, flops):
-    """In words: the share of a known card's peak that `flops` are. What papers call MFU is the
-    console's mfu times this."""
-    peak = next((peak for card, peak in DATA_SHEETS.items() if card in name), None)
-    if dtype == "float32" or peak is None:
-        return ""
-    return f", {flops / 1e10 / peak:.0f}% of the data sheet's {peak}"
-
-
-def memory_bytes(device):
-    """All the memory that the device has; math.inf where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
-
-
-def free_memory():
-    """Bytes of the host's memory that may still be taken; math.inf where it is not known."""
-    free = math.inf
-    with contextlib.suppress(OSError), open("/proc/meminfo") as f:
-        free = next((1024 * int(x.split()[1]) for x in f if x.startswith("MemAvailable")), free)
-    # a container may have less; what it keeps of files it can let go
-    with contextlib.suppress(OSError, ValueError):
-        limit, used, kinds = (Path("/sys/fs/cgroup", name).read_text()
-                              for name in ("memory.max", "memory.current", "memory.stat"))
-        kinds = dict(line.split() for line in kinds.splitlines())
-        files = int(kinds["active_file"]) + int(kinds["inactive_file"])
-        free = min(free, int(limit) - int(used) + files)
-    return free
-
-
-def fits_gpu(attempt, size, n_bytes, device):
-    """Whether attempt(size) runs beside n_bytes and a twentieth of the GPU's memory."""
-    n_bytes += memory_bytes(device) // 20
-    if os.name == "nt":  # there memory spills to the host instead of failing
-        torch.cuda.set_per_process_memory_fraction(0.95, device)
-    try:
-        reserve = torch.empty(n_bytes, dtype=torch.uint8, device=device)
-        attempt(size)
-        synchronize(device)
-        del reserve
-        return True
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
-            raise
-        return False
-    finally:
-        torch.cuda.empty_cache()
-
-
-def attention_of_any_shape():
-    """A context in which scaled_dot_product_attention leaves cuDNN alone: on Hopper it would plan
-    for seconds for every new shape, and an evaluation has dozens. On a CPU it changes nothing."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                        SDPBackend.MATH])
-
-
-def wrap(model, dist, wants_compile):
-    """(the model in DDP and then compiled, the order that torch wants; whether it is compiled).
-
-    wants_compile: None = on CUDA.
-    """
-    cuda = dist.device.type == "cuda"
-    if dist.world_size > 1:
-        # 100 MB a message: fewer cuts through the compiled graph than with torch's 25
-        model = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=[dist.device.index] if cuda else None, gradient_as_bucket_view=True,
-            bucket_cap_mb=100)
-    wanted = cuda if wants_compile is None else wants_compile
-    if not all(dist.gather(wanted and can_compile(dist.device))):
-        return model, False
-    if not cuda:
-        # the compiled embedding backward adds atomically: without this no two runs are equal
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    return torch.compile(model), True
-
-
-def can_compile(device):
-    """Whether torch.compile works here; where it does not, a warning says why."""
-    if rank():  # what the compiler warns of is said once
-        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-        return True
-    except Exception as e:  # whatever a missing gcc or Triton or an old GPU comes up with
-        warn(f"--compile is off, torch.compile does not work here ({one_line(e)})")
-        return False

@@ -37,11 +37,6 @@ def only_writer(folder, kind):
         held.release()
 
 
-def settings_in(folder):
-    """What the shards in a folder were made with; empty where there are none."""
-    return (load_manifest(folder) or {"settings": {}})["settings"]
-
-
 def open_manifest(folder, settings):
     """The manifest that a run with these settings goes on from. Raises UserError."""
     manifest = load_manifest(folder)

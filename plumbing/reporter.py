@@ -18,32 +18,29 @@ import torch
 from plumbing.checks import check_steps
 from plumbing.errors import RunError, UserError, one_line, optional_import, say, warn
 from plumbing.files import HERE, atomic_write, lock
-from plumbing.machine import device_name, measure_matmul, share_of_peak
+from plumbing.hardware import device_name, measure_matmul, share_of_peak
 from plumbing.tokens import MANIFEST
 
 # -----------------------------------------------------------------------------
 # The folder of a run
 
 
-def lock_log_dir(folder):
-    """Refuse a second live run on `folder`; returns the lock, which dies with its process."""
-    return lock(os.path.join(folder, ".lock"), f"another run is writing to {folder}: wait for its "
-                "end, or choose another --log_dir")
-
-
 def open_log_dir(folder, resumed):
-    """Make `folder` ready and locked; an older run in it is moved to the first free folder.N."""
+    """Make `folder` ready; an older run in it is moved to the first free folder.N. Returns its
+    lock, which dies with this process. UserError where a live run holds it."""
     folder = os.path.normpath(folder)
+    path, refusal = os.path.join(folder, ".lock"), (
+        f"another run is writing to {folder}: wait for its end, or choose another --log_dir")
     marks = ("log.txt", "config.json", "last.pt", "model_*.pt")
     old_run = any(glob.glob(os.path.join(glob.escape(folder), mark)) for mark in marks)
     try:
         if old_run and not resumed:
-            lock_log_dir(folder).release()
+            lock(path, refusal).release()
             n = next(n for n in range(1, 10**6) if not os.path.exists(f"{folder}.{n}"))
             os.rename(folder, f"{folder}.{n}")
             say(f"the older run in {folder} is now in {folder}.{n}")
         os.makedirs(folder, exist_ok=True)
-        return lock_log_dir(folder)
+        return lock(path, refusal)
     except OSError as e:
         raise UserError(f"--log_dir {folder} cannot be written ({one_line(e)})") from None
 
@@ -88,17 +85,17 @@ class RunLog:
 class Reporter:
     """All that a run tells, by its main process.
 
-    settings: what config.json keeps. max_steps, tokens_per_step: of the run. peak_steps: steps a
-    second if every product ran at the measured rate of a large one; mfu is the share of it.
+    settings: what config.json keeps. peak_steps: steps a second if every product ran at the
+    measured rate of a large one; mfu is the share of it.
     """
 
     DIGITS = dict(train=6, val=4, hella=4, norm=4)
 
-    def __init__(self, folder, settings, from_step, max_steps, tokens_per_step, peak_steps,
-                 project=""):
-        self.max_steps, self.tokens_per_step = max_steps, tokens_per_step
-        self.peak_steps, self.clock = peak_steps, Clock()
-        self.lock = open_log_dir(folder, resumed=settings["flags"]["resume"])
+    def __init__(self, cfg, settings, from_step, peak_steps):
+        folder, self.max_steps = cfg.log_dir, cfg.max_steps
+        self.tokens_per_step, self.peak_steps = cfg.total_batch_size, peak_steps
+        self.timed, self.seconds = -3, 0.0  # steps and their time; the first three compile
+        self.lock = open_log_dir(folder, resumed=cfg.resume)
         try:
             self.open_files(folder, settings, from_step)
         except OSError as e:
@@ -106,13 +103,14 @@ class Reporter:
                            "as they were") from None
         self.plot, self.drawing = [sys.executable, os.path.join(HERE, "plot.py"), folder], None
         self.can_draw = importlib.util.find_spec("matplotlib") is not None
-        self.wandb = self.open_wandb(project, folder, settings) if project else None
+        self.wandb = self.open_wandb(cfg.wandb, folder, settings) if cfg.wandb else None
 
     def open_files(self, folder, settings, from_step):
         self.log = RunLog(os.path.join(folder, "log.txt"), from_step)
         self.samples = RunLog(os.path.join(folder, "samples.txt"), from_step)
         path = os.path.join(folder, "config.json")
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
+        other = OSError, ValueError, LookupError, TypeError  # no file, or another program's
+        with contextlib.suppress(*other), open(path, encoding="utf-8") as f:
             settings["wandb_id"] = json.load(f)["wandb_id"]  # a resumed run is the same run there
         settings.setdefault("wandb_id", os.urandom(4).hex())
         with atomic_write(path) as f:
@@ -136,20 +134,21 @@ class Reporter:
 
     def update(self, step, loss, norm, lr, dt):
         """The console line and the log lines of one update; now and then the time to go."""
-        self.clock.add(dt)
+        self.timed += 1
+        self.seconds += dt if self.timed > 0 else 0.0
         rate, mfu = self.tokens_per_step / dt, 1 / dt / self.peak_steps
         self.scalars(step, train=loss, norm=norm, lr=lr, dt=dt, tok_per_sec=rate, mfu=mfu)
         say(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
             f"dt: {dt * 1000:.2f}ms | tok/sec: {rate:.2f} | mfu: {100 * mfu:.1f}%")
-        done, mean = step + 1, self.clock.mean
-        if mean and (self.clock.steps == 7 or done % max(25, self.max_steps // 50) == 0):
-            left = timedelta(seconds=round(mean * (self.max_steps - done)))
+        done = step + 1
+        if self.timed == 7 or (self.timed > 0 and done % max(25, self.max_steps // 50) == 0):
+            left = timedelta(seconds=round(self.seconds / self.timed * (self.max_steps - done)))
             say(f"{100 * done / self.max_steps:.1f}% done, {left} of training to go")
 
     @property
     def tokens_per_second(self):
         """Of the steps so far; 0.0 as long as it is not known."""
-        return self.tokens_per_step / self.clock.mean if self.clock.mean else 0.0
+        return self.tokens_per_step * self.timed / self.seconds if self.seconds else 0.0
 
     def sample(self, step, i, text):
         say(f"rank 0 sample {i}: {text}")
@@ -201,9 +200,8 @@ def open_reporter(cfg, dist, trainer, data):
     dist.barrier()  # every process has passed every check: from here on files are written
     reporter = None
     if dist.master_process:
-        reporter = Reporter(cfg.log_dir, settings, trainer.step, cfg.max_steps,
-                            cfg.total_batch_size, matmul_rate * dist.world_size / flops_per_step,
-                            cfg.wandb)
+        reporter = Reporter(cfg, settings, trainer.step,
+                            matmul_rate * dist.world_size / flops_per_step)
     dist.barrier()  # the folder is there now
     if not all(dist.gather(os.path.isdir(cfg.log_dir))):
         warn(f"not every node sees {cfg.log_dir}: a resume will need it on shared storage")
@@ -226,22 +224,6 @@ def describe_run(cfg, dist, trainer, data, matmul_rate):
                 compile=trainer.compiled, data=data.identity,
                 tokenizer=trainer.facts["tokenizer"],
                 **versions(os.path.join(data.path, MANIFEST)))
-
-
-class Clock:
-    """Seconds of training steps; the first ones (compilation) and evaluation do not count."""
-
-    def __init__(self, warm_up=3):
-        self.steps, self.seconds = -warm_up, 0.0
-
-    def add(self, dt):
-        self.steps += 1
-        self.seconds += dt if self.steps > 0 else 0.0
-
-    @property
-    def mean(self):
-        """Seconds per step; 0.0 as long as it is not known."""
-        return self.seconds / self.steps if self.steps > 0 else 0.0
 
 
 def versions(*files):

@@ -61,7 +61,7 @@ class Tokenizer:
     def decode_bytes(self, ids):
         """The bytes of token ids; a token may be part of a character."""
         if self._bpe:
-            return self._bpe.decode_bytes([int(i) for i in ids])
+            return self._bpe.decode_bytes([int(i) for i in ids if i < self.n_vocab])
         known = dict(enumerate(bytes([b]) for b in self._byte_of_id))
         known[EOT] = b"<|endoftext|>"
         return b"".join(known.get(int(i), b"\xef\xbf\xbd") for i in ids)  # or U+FFFD
@@ -165,16 +165,15 @@ class TokenStream:
         {(shard index, offset): number of EOT tokens in that shard at positions 0..offset}: which of
         the shard's documents that token is in, counted from 1; 0 for the rest of the last shard's.
         """
-        found = {}
-        for shard, group in itertools.groupby(sorted(set(places)), key=lambda place: place[0]):
-            end = n = 0
-            for _, offset in group:
-                while end <= offset:  # in pieces: a shard is 200 MB
-                    size = min(PIECE, offset + 1 - end)
-                    ids = self.read(self._starts[shard] + end, size)
-                    n += int(np.count_nonzero(ids == EOT))
-                    end += size
-                found[shard, offset] = n
+        found, shard, end, n = {}, None, 0, 0
+        for i, offset in sorted(set(places)):
+            if i != shard:
+                shard, end, n = i, 0, 0
+            while end <= offset:  # in pieces: a shard is 200 MB
+                ids = self.read(self._starts[i] + end, min(PIECE, offset + 1 - end))
+                n += int(np.count_nonzero(ids == EOT))
+                end += len(ids)
+            found[i, offset] = n
         return found
 
 
@@ -212,7 +211,6 @@ def open_shards(folder, split):
     and sizes are checked, and compared with the manifest where there is one, without reading the
     tokens. Raises UserError.
     """
-    folder = os.fspath(folder)
     found = shard_names(folder)
     mine = [n for n in found if split_of(n) == split]
     if not mine:
@@ -349,8 +347,6 @@ class Data:
 
     def tokenize(self, tokenizer):
         """Of a text: the first int(0.9 * tokens) tokens are train, the rest val; no EOT."""
-        if not self.is_text:
-            return
         tokens, name = tokenizer.encode(self.text), os.path.basename(self.path)
         n = int(0.9 * len(tokens))
         if n == 0:

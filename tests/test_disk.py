@@ -11,7 +11,7 @@ import torch
 from conftest import assert_same_end, copy_until_8, equal, weights
 from processes import LINUX
 
-from plumbing import checkpoint, machine
+from plumbing import checkpoint, hardware
 from plumbing.errors import RunError
 from plumbing.files import atomic_write
 
@@ -129,12 +129,12 @@ def test_what_is_saved_is_a_copy(monkeypatch, tmp_path):
 
 def test_room_in_a_container(monkeypatch, tmp_path):
     """Its limit counts, and what the system keeps of files does not."""
-    monkeypatch.setattr(machine, "Path", lambda _, name: tmp_path / name)
+    monkeypatch.setattr(hardware, "Path", lambda _, name: tmp_path / name)
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 750\nactive_file 100\ninactive_file 50\n")
     for limit, room in (("1000\n", 250), ("max\n", None)):
         (tmp_path / "memory.max").write_text(limit)
-        assert machine.free_memory() == room or (not room and machine.free_memory() > 1000)
+        assert hardware.free_memory() == room or (not room and hardware.free_memory() > 1000)
 
 
 def refuse(*_):

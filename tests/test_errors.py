@@ -58,6 +58,7 @@ def mistake(tmp_path, monkeypatch, capsys):
 
 MISTAKES = [
     (["--batch_size=4"], "unrecognized arguments: --batch_size"),
+    ([""], "unrecognized arguments: "),  # "$FLAGS" that was never set
     (["--max=3"], "unrecognized arguments"),  # no abbreviations
     (["--max_step=3"], "did you mean --max_steps"),
     (["--T=many"], "invalid int value"),
@@ -111,10 +112,24 @@ def test_mistakes(mistake, flags, message, tmp_path):
     (dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2"),
      ["WORLD_SIZE", "MASTER_ADDR", "torchrun"]),
     (dict(WORLD_SIZE="-1"), ["WORLD_SIZE=-1"]),
+    (dict(RANK="1"), ["RANK is 1 but WORLD_SIZE is 1"]),  # it would train and save nothing
 ])  # fmt: skip
 def test_an_environment_that_is_not_torchruns(forks, tmp_path, env, words):
     forks.run(*TINY, cwd=tmp_path, **env).refused(*words)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error, line", [
+    ("UserError('the hub: Connection reset by peer')", "error: the hub: Connection reset by peer"),
+    ("MemoryError()", "error: out of memory (MemoryError): use a smaller model"),
+])
+def test_an_error_of_our_own_is_said_under_torchrun(error, line):
+    """torchrun reports who lost another process; nobody else reports these."""
+    code = (f"from plumbing.errors import UserError, run_main\ndef command(): raise {error}\n"
+            "run_main('train_gpt2.py', command)")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"TORCHELASTIC_RUN_ID": "1"})
+    assert line in run.stderr and run.stderr.count("\n") == 1 and run.returncode == 2
 
 
 def test_three_processes_name_the_totals_that_work():

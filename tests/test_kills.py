@@ -14,7 +14,7 @@ import torch
 from conftest import TINY, assert_close, assert_same_end, read_log, weights
 from processes import LINUX, assert_gone
 
-from plumbing import machine
+from plumbing import hardware
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="needs Linux")
 
@@ -106,7 +106,7 @@ torch.compile = functools.partial(torch.compile, backend="aot_eager")
 def test_measuring_the_machine_draws_nothing():
     """The runs here do without it, and a resume sets torch's random state before it."""
     before = torch.get_rng_state()
-    machine.measure_matmul(torch.device("cpu"), torch.float32)
+    hardware.measure_matmul(torch.device("cpu"), torch.float32)
     assert torch.equal(before, torch.get_rng_state())
 
 

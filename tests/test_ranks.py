@@ -103,13 +103,13 @@ def test_the_same_data_in_another_place_is_the_same(forks, place, tmp_path):
 
 
 TIMED = """
-import plumbing.machine, torch
-plumbing.machine.has_bfloat16 = lambda device: True
+import plumbing.hardware, torch
+plumbing.hardware.has_bfloat16 = lambda device: True
 
 def measure(device, dtype, seconds):
     return {torch.float32: 1, torch.bfloat16: 2 - int(os.environ["RANK"])}[dtype]
 
-plumbing.machine.measure_matmul = measure
+plumbing.hardware.measure_matmul = measure
 """
 
 

@@ -5,10 +5,12 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -18,7 +20,7 @@ from conftest import SHARED, TINY, has_vocabulary, read_log, train, weights, wri
 
 import hellaswag
 import train_gpt2
-from plumbing import machine, tokens
+from plumbing import hardware, machine, tokens
 from plumbing.tokens import get_tokenizer
 
 # build-nanogpt's own classes and loop in float32 on a CPU: loss and gradient norm of 12 steps.
@@ -178,6 +180,14 @@ def test_eval_only_of_a_run(tiny_run, tmp_path, capsys):
     assert {p.name: p.read_bytes() for p in (tiny_run[0] / "log").iterdir()} == before
 
 
+def test_eval_only_of_a_run_logs_nowhere(tiny_run, tmp_path, monkeypatch):
+    """A run that logged to W&B is evaluated where there is none."""
+    saved = torch.load(tiny_run[1], weights_only=True)
+    torch.save(saved | {"flags": saved["flags"] | {"wandb": "sea"}}, tmp_path / "last.pt")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run_here("--eval_only", "--device=cpu", "--resume", f"--log_dir={tmp_path}", "--num_samples=0")
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--prompt="], "--prompt: must not be empty"),
     (["--export_hf="], "--export_hf: must not be empty"),  # "$DIR" that was never set
@@ -203,6 +213,18 @@ def test_prompt_from_stdin(tiny_run, tmp_path):
     result = subprocess.run([sys.executable, *processes.anew(*flags, cwd=tmp_path)],
                             input="grey sky", capture_output=True, text=True)
     assert "sample 0: grey sky" in result.stdout and result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("config", ["{}", "[]", "{"])
+def test_a_config_of_another_program_does_not_end_a_resume(forks, tiny_run, tmp_path, config):
+    """--export_hf into the folder of a run puts one there."""
+    shutil.copytree(tiny_run[0] / "log", tmp_path / "log")
+    (tmp_path / "log" / "config.json").write_text(config)
+    saved = weights(tmp_path / "log")
+    torch.save(saved | {"step": 3, "finished": False}, tmp_path / "log" / "last.pt")
+    os.remove(tmp_path / "log" / "model_00004.pt")
+    forks.run("--resume", "--device=cpu", f"--data={tiny_run[0] / 'text.txt'}", cwd=tmp_path).good()
+    assert json.loads((tmp_path / "log" / "config.json").read_text())["wandb_id"]
 
 
 def test_init_takes_weights_and_shape_only(tiny_run, tmp_path, monkeypatch, capsys):
@@ -234,15 +256,26 @@ def test_export_from_the_command(tiny_run, tmp_path, capsys):
 ])  # fmt: skip
 def test_bfloat16_on_a_cpu_where_it_is_faster(monkeypatch, capsys, able, rate, dtype):
     rates = {torch.bfloat16: rate, torch.float32: 1.0}
-    monkeypatch.setattr(machine, "measure_matmul", lambda device, dtype, seconds: rates[dtype])
-    monkeypatch.setattr(machine, "has_bfloat16", lambda device: able)
-    assert machine.best_dtype(machine.Dist(0, 0, 1, torch.device("cpu"))) == dtype
+    monkeypatch.setattr(hardware, "measure_matmul", lambda device, dtype, seconds: rates[dtype])
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda device: able)
+    assert hardware.best_dtype(machine.Dist(0, 0, 1, torch.device("cpu"))) == dtype
     assert capsys.readouterr().out.startswith(f"dtype {dtype}: " if able else "")
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
+    ("Tesla T4", 65), ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L4", 121),
+    ("NVIDIA L40", None), ("NVIDIA A10G", None), ("NVIDIA GB200", None),
+])  # fmt: skip
+def test_a_card_is_known_by_its_whole_name(name, peak):
+    words = f", 50% of the data sheet's {peak}" if peak else ""
+    assert hardware.share_of_peak(name, "bfloat16", 0.5e12 * (peak or 1)) == words
 
 
 FAULTS = """
 import resource, torch
-from plumbing.machine import keep_freed_memory
+from plumbing.hardware import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -285,6 +318,18 @@ def test_validation_shows_the_compiled_model_one_shape(tmp_path):
         expected = float(model(x, y)[1])
     assert math.isclose(evaluator.validate(), expected, rel_tol=1e-6)
     assert shapes == [(4, 16)] * 5  # 23 rows: the last three go another way
+
+
+@pytest.mark.parametrize("device", ["mps", "cpu"])
+def test_a_batch_that_is_not_pinned_is_waited_for(monkeypatch, device):
+    """An Apple GPU reads it later otherwise, when its memory is another tensor's."""
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *_, **how: copies.append(how) or t)
+    run = SimpleNamespace(dist=machine.Dist(0, 0, 1, torch.device(device)),
+                          loader=SimpleNamespace(next_batch=lambda: (torch.ones(1), torch.ones(1))))
+    train_gpt2.Trainer.fetch_batch(run)
+    assert len(run.batch) == 2
+    assert copies and not any(how.get("non_blocking") for how in copies)
 
 
 @pytest.mark.skipif(not has_vocabulary() or not (SHARED / "data").is_dir(), reason="no examples")

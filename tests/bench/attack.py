@@ -108,7 +108,8 @@ CALLS = """os.replace os.fsync os.link os.remove os.makedirs os.open torch.load 
     torch.set_rng_state zipfile.ZipFile.testzip json.dumps torch.nn.utils.clip_grad_norm_
     torch.Tensor.backward torch.distributed.send torch.distributed.recv torch.distributed.all_reduce
     torch.distributed.all_gather_object torch.distributed.init_process_group""".split()
-FILES = ("checkpoint.py", "files.py", "reporter.py", "machine.py")
+FILES = ("checkpoint.py", "files.py", "reporter.py", "machine.py",
+         "hardware.py")
 END = 'at("plumbing.errors.leave", kill)'
 
 
@@ -206,9 +207,9 @@ PROGRAMS = {  # name: (its part of the draws, what starts it)
 
 def draw_flag(rng, field):
     meta, name = field.metadata, field.name
-    if meta["kind"] is bool:
+    if field.type is bool:
         return rng.choice([f"--{name}"] * 12 + [f"--no-{name}", f"--{name}=1", f"--{name}="])
-    good = VALUES.get(name) or meta["choices"] or NUMBERS.get(meta["kind"], NAMES)
+    good = VALUES.get(name) or meta["choices"] or NUMBERS.get(field.type, NAMES)
     value = rng.choice(good if rng.random() < 0.85 else JUNK)
     if rng.random() < 0.04:
         name = rng.choice([name.replace("_", "-"), name[:-1], name + "s", name.upper()])

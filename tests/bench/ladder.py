@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_gpt2  # noqa: E402
 from plumbing.errors import is_out_of_memory  # noqa: E402
-from plumbing.machine import keep_freed_memory, measure_matmul, synchronize  # noqa: E402
+from plumbing.hardware import keep_freed_memory, measure_matmul, synchronize  # noqa: E402
 from train_gpt2 import GPT, GPTConfig  # noqa: E402
 
 LEAN = dict(train_gpt2.CHUNK_ROWS)

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from plumbing.machine import synchronize  # noqa: E402
+from plumbing.hardware import synchronize  # noqa: E402
 from train_gpt2 import GPT, GPTConfig  # noqa: E402
 
 

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 import modern  # noqa: E402
 import train_gpt2  # noqa: E402
 from plumbing.errors import leave  # noqa: E402
-from plumbing.machine import synchronize  # noqa: E402
+from plumbing.hardware import synchronize  # noqa: E402
 
 MODEL = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
