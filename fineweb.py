@@ -4,8 +4,8 @@ Token shards for train_gpt2.py: fetched ready made, or made here from FineWeb-Ed
     python fineweb.py --ready 10                # the quickest: a billion tokens, 2 GB to download
     python fineweb.py --ready                   # all of the sample, ready made: 20 GB
     python fineweb.py                           # the same 10B tokens, made here from the texts
-    python fineweb.py --max_tokens 200000000    # two shards of them
-    python fineweb.py --streaming               # no copy of the data set on disk
+    python fineweb.py --streaming               # and with no copy of the data set on disk
+    python fineweb.py --streaming --max_tokens 200000000    # two shards of them
     python fineweb.py --files 'texts/*.txt' --out mine --shard_size 1000000
     python fineweb.py --verify                  # sizes and sha256 of what is there
 
@@ -99,7 +99,8 @@ class Flags:
         for f in fields(self):
             if self.ready and f.metadata["group"] == "make" and getattr(self, f.name) != f.default:
                 raise UserError(f"--ready goes without --{f.name}: its shards are made already")
-        self.name = self.name or (None if self.dataset else CONFIG)  # it is that of our default
+        ours = self.dataset in (None, DATASET)  # typed or not; the hub's own default is all of it
+        self.name = self.name or (CONFIG if ours else None)
         self.dataset = self.dataset or (READY if self.ready else DATASET)
 
 
@@ -166,7 +167,9 @@ class Stream:
         while some := self.next_texts(texts):
             yield first, some, note
             first += len(some)
-            if not self.shuffled:  # the state of a shuffled stream lacks its buffer
+            # The state of a shuffled stream lacks its buffer. In one version the state stands still
+            # once it was set (datasets issue 8308).
+            if not self.shuffled and version != "5.0.0":
                 note = {"datasets": version, "document": first, "at": self.data.state_dict()}
 
     def next_texts(self, texts):
@@ -207,8 +210,12 @@ def asking_the_hub(dataset):
         kinds, said = {t.__name__ for t in type(e).__mro__}, one_line(e)
         absent = kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "EmptyDatasetError",
                           "RevisionNotFoundError", "DataFilesNotFoundError"}
-        # A ValueError is an unknown configuration or split.
-        if absent or ("ValueError" in kinds and "ArrowException" not in kinds):
+        if "scripts are no longer supported" in said:
+            raise UserError(f"{dataset} is a script, which `datasets` does not run; try the hub's "
+                            "own copy with --revision refs/convert/parquet") from e
+        # A ValueError is an unknown configuration or split; in old versions a lost network too.
+        lost = kinds & {"ArrowException", "LocalEntryNotFoundError"}
+        if absent or ("ValueError" in kinds and not lost):
             raise UserError(f"no dataset {dataset} that can be read ({said}); check --dataset, "
                             "--name, --split and --revision, or log in: hf auth login") from e
         raise RunError(f"{dataset} cannot be had from the hub: {said}; check the network, and the "
@@ -279,19 +286,23 @@ def read_file(path, column):
                     raise UserError(f"column {column} of {path} has rows without a text")
                 yield texts
     except (OSError, EOFError, ValueError, zlib.error) as e:  # pyarrow's errors are among them
-        raise UserError(f"{path} cannot be read: {one_line(e)}") from e
+        raise UserError(f"{path} cannot be read: {one_line(e)}; mend it, or leave it out") from e
 
 
 def read_lines(path, column):
     """Iterates over the texts of a .txt, which is one, or of a .jsonl or .jsonl.gz."""
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
         if path.endswith(".txt"):
             yield f.read()
             return
         for number, line in enumerate(f, 1):
             if not line.isspace():
-                row = json.loads(line) if line.lstrip().startswith("{") else {}  # a list, a number
-                types = {k: type(v).__name__ for k, v in row.items()}
+                try:
+                    row = json.loads(line)
+                    types = {k: type(v).__name__ for k, v in row.items()}
+                except (ValueError, RecursionError, AttributeError) as e:  # a list has no items()
+                    raise UserError(f"{path} line {number} is no JSON object {{...}}; mend it, or "
+                                    "take it out") from e
                 check_column(f"{path} line {number}", column, types)
                 # Half a surrogate pair, which JSON can hold, is U+FFFD here as it is for tiktoken.
                 yield row[column].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -331,14 +342,15 @@ def workers(num_proc, encode, source):
     # Spawned everywhere: a fork would copy locks that threads of pyarrow or of the hub hold.
     spawn = multiprocessing.get_context("spawn")
     begin = encode, source.dataset, source.column
+    num_proc = min(num_proc, 61) if os.name == "nt" else num_proc  # Windows waits for no more
     pool = ProcessPoolExecutor(num_proc, spawn, start_worker, begin)
     # Ctrl-C is this process's business. That the others ignore it they inherit: it must hold while
     # they still import what they need.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for _ in range(num_proc):
-        pool.submit(int)  # starts one more
-    signal.signal(signal.SIGINT, interrupt)
     try:
+        for _ in range(num_proc):
+            pool.submit(int)  # starts one more
+        signal.signal(signal.SIGINT, interrupt)
         yield pool
     except BrokenExecutor as e:
         raise RunError("a worker process died (killed, or out of memory?)") from e
@@ -510,12 +522,14 @@ def fetch_shard(args, file, commit):
     from huggingface_hub import hf_hub_download
 
     name, path = file.rfilename, os.path.join(args.out, file.rfilename)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)  # what has this name and is not in the manifest may be anything
     with asking_the_hub(args.dataset):
-        # What has this name and is not in the manifest may be anything: it is fetched again.
         hf_hub_download(args.dataset, name, repo_type="dataset", revision=commit,
-                        local_dir=args.out, force_download=os.path.exists(path))
+                        local_dir=args.out)
     entry = entry_of(path)
     if file.lfs and file.lfs.sha256 != entry["sha256"]:
+        os.remove(path)  # of the right size, a listed one would be taken for good the next time
         raise RunError(f"{path} was damaged on its way (its sha256 is not the hub's)")
     last = (0, entry["tokens"] - 1)  # up to there, all that begin in the shard
     documents = TokenStream([open_shard(path)]).documents_before([last])[last]
@@ -540,7 +554,8 @@ def run(args, tokenizer=None):
     print(f"{args.out}: {tokens:,} tokens of {manifest['documents']:,} documents in {len(shards)} "
           f"shards, {2 * tokens / 1e9:.2f} GB, {time.perf_counter() - started:.0f} s")
     if len(shards) == 1:
-        print(f"all of it is the val shard; for train shards, --shard_size well below {tokens:,}")
+        print("all of it is the val shard, nothing is left to train on: delete that folder and give"
+              f" the command again with --shard_size well below {tokens:,}")
 
 
 HUB_DEFAULTS = {  # what makes long downloads last; the environment goes before it

@@ -326,8 +326,10 @@ def score(argv=None):
         os.environ["HELLASWAG_FILE"] = args.data_file  # there the trainer finds it
     if rank("LOCAL_RANK") == 0:  # the trainer's other processes wait for this one
         next(iterate_examples("val", download("val")), None)
-    script = "modern.py" if facts["arch"] == "modern" else "train_gpt2.py"
-    command = [sys.executable, os.path.join(HERE, script), "--init", args.model_type]
+    script = os.path.join(HERE, f"{facts['arch']}.py")  # modern.py, or one of the reader's own
+    if not str(facts["arch"]).isidentifier() or not os.path.isfile(script):
+        script = os.path.join(HERE, "train_gpt2.py")  # which names the one that is wanted
+    command = [sys.executable, script, "--init", args.model_type]
     command += ["--device", args.device, "--hellaswag", str(args.limit), "--preset", "gpt2"]
     command += ["--eval_only", "--val_tokens", "0", "--num_samples", "0", "--dtype", "float32"]
     # In place of this process, not below it: signals and torchrun then reach the trainer itself.

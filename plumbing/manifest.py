@@ -69,7 +69,10 @@ def complete(folder, manifest, made):
     save_manifest(folder, manifest)
     for entry, note in made:
         if entries.setdefault(entry["name"], entry) != entry:
-            raise RunError(f"{entry['name']} came out different: the source has changed")
+            # of the right size, it would be taken for the listed one the next time
+            os.remove(os.path.join(folder, entry["name"]))
+            raise UserError(f"{entry['name']} came out different: what it is made from has changed;"
+                            " make all shards again, into another --out")
         manifest.update(shards=list(entries.values()), note=note or manifest["note"])
         save_manifest(folder, manifest)
         tqdm.write(f"{entry['name']}: {entry['tokens']:,} tokens")  # above a progress bar

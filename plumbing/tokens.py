@@ -57,6 +57,9 @@ class Tokenizer:
             return self._bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
         except (UnicodeEncodeError, AttributeError):  # half a surrogate pair; an old tiktoken
             return np.array(self._bpe.encode_ordinary(text), dtype=np.uint16)
+        except ValueError as e:  # its regular expression gives up on a million blanks in a row
+            raise UserError(f"the text that begins {text[:40]!r} cannot be cut into tokens "
+                            f"({one_line(e, 100)}): shorten its longest run of blanks") from e
 
     def decode_bytes(self, ids):
         """The bytes of token ids; a token may be part of a character."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -283,6 +284,17 @@ def test_the_hub_both_ways_gives_what_files_give(hub, tmp_path):
     assert shards_of(tmp_path / "s") == want and err == ""
 
 
+@pytest.mark.parametrize("version, known", [("5.0.0", False), ("5.0.1", True)])
+def test_a_version_that_loses_its_place_is_not_asked_for_it(monkeypatch, version, known):
+    import datasets
+
+    monkeypatch.setattr(datasets, "__version__", version)
+    data = datasets.Dataset.from_dict({"text": ["x"] * 2500}).to_iterable_dataset()
+    args = SimpleNamespace(dataset="some", text_column="text", split="train", shuffle=None)
+    notes = [note for _, _, note in fineweb.Stream(data, args, None).jobs(0)]
+    assert [bool(note) for note in notes] == [False, known, known]  # where it is before each job
+
+
 @posix
 @pytest.mark.parametrize("how", [["--streaming"], []])
 def test_the_hub_killed_and_rerun(hub, tmp_path, how):
@@ -472,6 +484,7 @@ def test_a_damaged_file_is_named_before_the_first_shard_is_made(tmp_path, refuse
     argv = ["--files", bad_files / "good.parquet", bad_files / name, "--out", tmp_path]
     status, err = refused(*argv, "--shard_size", "3000")
     assert status == 2 and name.removeprefix("folder") in err, err
+    assert "line 2 is no JSON object" in err or name != "line.jsonl"
     assert not shards_of(tmp_path) and not list(tmp_path.glob("*.arrow"))
 
 
@@ -557,6 +570,29 @@ def test_verify_names_each_bad_shard_and_a_rerun_makes_only_these(tmp_path, main
     (out / "edufineweb_train_000999.npy").unlink()
     status, said, _ = main(*argv)
     assert status == 0 and said.count(" tokens\n") == 3 and shards_of(out) == whole
+
+
+def test_a_shard_that_comes_out_different_is_not_left_under_its_name(tmp_path, main, refused):
+    """Of the right size, the next run would take it for the one that was listed."""
+    texts = ["some words"] * 40
+    path, out = write_jsonl(tmp_path / "t.jsonl", texts), tmp_path / "out"
+    argv = ["--files", path, "--out", out, "--shard_size", "100"]
+    assert main(*argv)[0] == 0
+    write_jsonl(path, ["other word"] * 40)  # as many bytes, and as many tokens
+    first = min(out.glob("*train*"))
+    first.unlink()
+    for _ in range(2):
+        assert "came out different" in refused(*argv)[1] and not first.exists()
+    write_jsonl(path, texts)
+    assert main(*argv)[0] == 0 and main("--verify", "--out", out)[0] == 0
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, main):
+    plain, marked = write_jsonl(tmp_path / "t.jsonl", texts_of(3)), tmp_path / "marked.jsonl"
+    marked.write_text(pathlib.Path(plain).read_text(), encoding="utf-8-sig")
+    for path in (plain, marked):
+        assert main("--files", path, "--out", tmp_path / pathlib.Path(path).stem)[0] == 0
+    assert shards_of(tmp_path / "t") == shards_of(tmp_path / "marked")
 
 
 def test_no_vocabulary_is_said_with_the_way_to_it(monkeypatch, refused, tmp_path):

@@ -537,8 +537,8 @@ def test_command_starts_the_trainer(command, tmp_path):
 
 
 def test_command_starts_the_script_of_the_checkpoint(command, tmp_path):
-    scripts = {"modern": "modern.py", "gpt2": "train_gpt2.py", None: "train_gpt2.py"}
-    for arch, script in scripts.items():
+    for arch in (None, "gpt2", "modern", "mine", "../plot"):
+        script = "modern.py" if arch == "modern" else "train_gpt2.py"  # which knows what to say
         facts = {"arch": arch, "tokenizer": "gpt2"} if arch else {}
         argv, _ = command("-m", save(tmp_path / "x.pt", **facts))
         assert argv[1] == str(ROOT / script)

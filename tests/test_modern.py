@@ -14,6 +14,7 @@ from conftest import (
     ROOT, SHARED, TINY, assert_same_end, equal, has_vocabulary, read_log, weights,
 )
 
+import hellaswag
 import modern
 import train_gpt2
 
@@ -227,7 +228,7 @@ def test_each_command_refuses_the_others_checkpoints_by_name(forks, whole, tmp_p
 
 
 def test_a_copy_with_one_changed_line_trains_resumes_and_is_refused_by_the_others(
-        forks, data, tmp_path):
+        forks, data, tmp_path, monkeypatch):
     source = (ROOT / "modern.py").read_text()
     assert source.count('arch = "modern"') == 1
     (tmp_path / "mine.py").write_text(source.replace('arch = "modern"', 'arch = "mine"'))
@@ -240,6 +241,15 @@ def test_a_copy_with_one_changed_line_trains_resumes_and_is_refused_by_the_other
     assert weights(tmp_path / "log")["arch"] == "mine"
     run = forks.run(f"--init={tmp_path}/log/last.pt", "--eval_only", cwd=tmp_path, patch=AS_MODERN)
     assert run.status == 2 and "mine.py" in run.stderr
+    # hellaswag.py hands it to the one that it belongs to
+    started = []
+    for name, stand_in in (("HERE", str(tmp_path)), ("get_tokenizer", lambda name: None),
+                           ("download", lambda split: os.devnull)):
+        monkeypatch.setattr(hellaswag, name, stand_in)
+    monkeypatch.setattr(os, "execv", lambda program, argv: started.append(argv[1]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hellaswag.score(["-m", f"{tmp_path}/log/last.pt"])
+    assert started == [str(tmp_path / "mine.py")]
 
 
 @pytest.mark.skipif(not has_vocabulary(), reason="GPT-2's vocabulary is not here")

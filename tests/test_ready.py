@@ -10,7 +10,7 @@ import pytest
 from local_hub import Hub, finish, killed, shards_of, start, times_of
 
 import fineweb
-from plumbing.errors import UserError
+from plumbing.errors import RunError, UserError
 from plumbing.tokens import EOT, load_manifest, open_shards
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs process groups")
@@ -183,6 +183,14 @@ def test_what_came_damaged_is_known_by_the_sha256_that_the_hub_says(hub, tmp_pat
     hub.replaced = {}
     ready(hub, out, "--ready", 1)
     assert (out / name_of(1)).read_bytes() == good.read_bytes()
+    # fetched again, a listed one would be taken for good by its size the next time
+    hub.replaced = {name_of(1): bytes(damaged)}
+    os.remove(out / name_of(1))
+    assert "sha256" in ready(hub, out, "--ready", 1, status=1)[1]
+    assert not (out / name_of(1)).exists()
+    hub.replaced = {}
+    ready(hub, out, "--ready", 1)
+    assert (out / name_of(1)).read_bytes() == good.read_bytes()
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -199,6 +207,24 @@ def test_mistakes_are_one_line(hub, tmp_path, flags, says):
     _, err = ready(hub, tmp_path / "out", *flags, status=2)
     assert err.count("\n") == 1 and says in err, err
     assert downloads(hub) == []
+
+
+@pytest.mark.parametrize("name, error, words", [
+    ("RuntimeError", "Dataset scripts are no longer supported, but found x.py", "refs/convert"),
+    ("LocalEntryNotFoundError", "no connection", "check the network"),  # a ValueError of old hubs
+    ("ValueError", "BuilderConfig 'x' not found", "check --dataset"),
+])
+def test_what_the_hub_has_against_a_data_set(name, error, words):
+    kind = RuntimeError if name == "RuntimeError" else type(name, (ValueError,), {})
+    with pytest.raises((UserError, RunError), match=words), fineweb.asking_the_hub("some/data"):
+        raise kind(error)
+
+
+def test_our_data_set_has_our_configuration_also_where_it_is_typed():
+    """The hub's own default is all of FineWeb-Edu: a trillion tokens."""
+    name = {d: fineweb.parse_args(["--dataset", d]).name for d in (fineweb.DATASET, "another/one")}
+    assert name == {fineweb.DATASET: fineweb.CONFIG, "another/one": None}
+    assert fineweb.parse_args([]).name == fineweb.CONFIG
 
 
 def test_a_data_set_without_shards_is_refused(hub, tmp_path):

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,6 +74,15 @@ def test_ids_of_padding_rows_are_no_text():
     """Shards of another vocabulary may hold them, and --inspect is there to look at such shards."""
     bpe = get_tokenizer("gpt2")
     assert bpe.decode([*bpe.encode("the sea"), 50257, 65535]) == "the sea"
+
+
+def test_a_text_that_tiktoken_gives_up_on():
+    def encode_to_numpy(text, disallowed_special):
+        raise ValueError("Regex error: Max stack size exceeded")
+
+    tokenizer = Tokenizer(SimpleNamespace(encode_to_numpy=encode_to_numpy))
+    with pytest.raises(UserError, match="begins 'so far'.*blanks"):
+        tokenizer.encode("so far")
 
 
 def test_decode_of_what_is_no_text():
