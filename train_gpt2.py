@@ -31,7 +31,8 @@ from torch.nn import functional as F
 import hellaswag
 from plumbing import checkpoint, hardware, machine, tokens
 from plumbing.checks import (
-    check_batch, check_memory, choose_preset, encode_prompt, needs_data, open_tokens, what_next,
+    check_apple, check_batch, check_memory, choose_preset, encode_prompt, needs_data, open_tokens,
+    what_next,
 )
 from plumbing.errors import RunError, UserError, one_line, optional_import, run_main, say, warn
 from plumbing.files import HERE
@@ -54,7 +55,7 @@ MAX_LR = dict(zip(GPT2_SIZES, (6e-4, 3e-4, 2.5e-4, 2e-4), strict=True))  # GPT-3
 # Small enough for any laptop, its text comes with the project, and in float32 all see one result.
 SMOKE = dict(n_layer=4, n_head=4, n_embd=128, block_size=256, T=128, total_batch_size=512,
              max_lr=2e-3, warmup_steps=10, max_steps=100, eval_every=25, val_tokens=4096,
-             dtype="float32", data=os.path.join(HERE, "input.txt"))
+             hellaswag=0, dtype="float32", data=os.path.join(HERE, "input.txt"))
 PRESETS = {name: size | dict(max_lr=MAX_LR[name]) for name, size in GPT2_SIZES.items()}
 PRESETS["smoke"] = SMOKE
 
@@ -502,13 +503,14 @@ def head_cross_entropy(h, weight, targets, bias=None, cap=None):
 
     h (B, T, C), weight (V, C), targets (B, T) -> scalar. Where the rows fit into one chunk it is
     F.cross_entropy. So it is under torch.compile, which fuses the loss into the product and keeps
-    the logits in half precision: measured faster than chunks.
+    the logits in half precision: measured faster than chunks. An Apple GPU needs the chunks, for
+    the sake of hardware.product.
     """
     h, targets = h.flatten(0, 1), targets.flatten()  # B * T predictions, each by itself
     kind = h.device.type
     # A chunk costs a pass over the weight's gradient: its logits may be as large as that.
     chunk = max(CHUNK_ROWS.get(kind, CHUNK_ROWS["cpu"]), weight.size(1))
-    if h.size(0) <= chunk or torch.compiler.is_compiling():
+    if kind != "mps" and (h.size(0) <= chunk or torch.compiler.is_compiling()):
         # float(): CUDA's autocast, unlike the CPU's, would take the softmax in half precision
         return F.cross_entropy(soft_cap(F.linear(h, weight, bias).float(), cap), targets)
     low = torch.is_autocast_enabled(kind)
@@ -554,7 +556,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 if bias is not None:
                     grad_b += g.sum(dim=0)
                 g = g.to(dtype)
-                grad_h[rows] = g @ w
+                grad_h[rows] = hardware.product(g, w, h.device.type)
                 if dtype == grad_w.dtype:
                     grad_w.addmm_(g.T, x)
                 else:
@@ -1127,7 +1129,9 @@ def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
     if source:
         del source["model"]  # once in memory is enough
     model.to(dist.device)
-    share = choose_B(cfg, rows, model, dist), cfg.T, dist.rank, dist.world_size
+    B = choose_B(cfg, rows, model, dist)
+    check_apple(cfg, B, dist.device)
+    share = B, cfg.T, dist.rank, dist.world_size
 
     # what it is worth
     val_loader = None

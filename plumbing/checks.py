@@ -8,6 +8,8 @@ import os
 import shlex
 import sys
 
+import torch
+
 from plumbing.errors import UserError, say, warn
 from plumbing.files import HERE
 from plumbing.hardware import memory_bytes
@@ -54,6 +56,18 @@ def check_memory(cfg, device):
     if wanted > there:
         raise UserError(f"{n / 1e6:,.0f}M parameters need {wanted / 1e9:,.0f} GB at least and "
                         f"{device} has {there / 1e9:,.0f} GB: use a smaller model, --B or --T")
+
+
+def check_apple(cfg, B, device):
+    """UserError for what torch is known to compute wrongly on an Apple GPU."""
+    if device.type != "mps":
+        return
+    if not cfg.eval_only and B * cfg.T >= 32767:  # of which the weights' gradients are the sum
+        raise UserError(f"{B} rows of {cfg.T} tokens: an M1 or M2 adds up no 32,767 of them right "
+                        "(pytorch issue 195163): use a smaller --B or --T")
+    if cfg.dtype != "float32" and torch.__version__ < (2, 13):
+        raise UserError(f"--dtype {cfg.dtype} on mps: up to torch 2.12 tokens see later ones there "
+                        "(pytorch issue 195910): use --dtype float32, or torch 2.13")
 
 
 def check_steps(cfg, rows_per_step, n_windows):

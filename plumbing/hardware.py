@@ -52,6 +52,14 @@ def attention_of_any_shape():
                         SDPBackend.MATH])
 
 
+def product(a, b, kind):
+    """a @ b, in parts on an Apple GPU: an M1's or M2's adds to sums of 32,767 terms and more what
+    lies in memory behind a and b (github.com/pytorch/pytorch/issues/195163)."""
+    if kind != "mps":
+        return a @ b
+    return sum(x @ y for x, y in zip(a.split(16384, dim=1), b.split(16384), strict=True))
+
+
 def can_compile(device):
     """Whether torch.compile works here; where it does not, a warning says why."""
     if rank():  # what the compiler warns of is said once
@@ -79,6 +87,9 @@ def best_dtype(dist):
 
 def has_bfloat16(device):
     """Whether the device has instructions for it; a CPU has AMX, or AVX-512 with bfloat16."""
+    if device.type == "cuda" and torch.version.hip:  # AMD's have names in place of a capability
+        arch = torch.cuda.get_device_properties(device).gcnArchName
+        return not re.match("gfx(8|900|902|906|90c|10)", arch)
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

@@ -203,7 +203,7 @@ def wrap(model, dist, wants_compile):
     wanted = cuda if wants_compile is None else wants_compile
     if not all(dist.gather(wanted and can_compile(dist.device))):
         return model, False
-    if not cuda:
+    if dist.device.type == "cpu":
         # the compiled embedding backward adds atomically: without this no two runs are equal
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -261,6 +261,9 @@ def optimizer_state(optimizer, dist):
 
 def load_optimizer(optimizer, state):
     """Load a whole state_dict; with ZeRO each process keeps its share of it."""
+    for here, group in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        if "fused" in here:  # as this device likes it, not the one that saved
+            group["fused"] = here["fused"]
     optimizer.load_state_dict(state)
     if hasattr(optimizer, "optim"):
         # ZeRO leaves the step counters on the CPU, where fused AdamW cannot use them, and a second

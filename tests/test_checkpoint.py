@@ -17,7 +17,7 @@ from conftest import assert_same_end, copy_until_8, equal, read_log, weights, wr
 from processes import LINUX
 
 import train_gpt2
-from plumbing import checkpoint
+from plumbing import checkpoint, machine
 from plumbing.errors import UserError, one_line
 
 RECORDED = Path(__file__).resolve().parent / "data"
@@ -319,6 +319,23 @@ def test_resume_with_other_mathematics(forks, undisturbed, flags, data, tmp_path
     forks.run(*flags, f"--data={moved}", "--B=4", "--save_every=3", "--resume", cwd=tmp_path).good()
     assert float(read_log(log)[11, "train"]) == pytest.approx(
         float(read_log(undisturbed)[11, "train"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("there, here", [(False, True), (True, False)])
+def test_the_kernel_of_the_optimizer_is_that_of_the_device_that_goes_on(there, here):
+    """modern.py takes the fused one on CUDA alone, and a run may go on elsewhere."""
+
+    def adamw(fused):
+        p = torch.ones(3, requires_grad=True)
+        p.grad = torch.ones(3)
+        optimizer = torch.optim.AdamW([p], fused=fused)
+        optimizer.step()
+        return optimizer
+
+    goes_on = adamw(here)
+    machine.load_optimizer(goes_on, adamw(there).state_dict())
+    assert goes_on.param_groups[0]["fused"] is here
+    goes_on.step()
 
 
 def test_finished_run(forks, undisturbed, flags, tmp_path):

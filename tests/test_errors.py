@@ -3,6 +3,7 @@
 So it is on any terminal, in any environment; a fault on the way says what is safe.
 """
 
+import contextlib
 import os
 import signal
 import stat
@@ -19,7 +20,7 @@ from conftest import ROOT, TINY, assert_same_end, read_log, weights, write_shard
 from processes import LINUX
 
 import train_gpt2
-from plumbing.checks import check_batch
+from plumbing.checks import check_apple, check_batch
 from plumbing.errors import RunError, UserError
 from plumbing.tokens import open_shards
 
@@ -130,6 +131,18 @@ def test_an_error_of_our_own_is_said_under_torchrun(error, line):
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                          env=os.environ | {"TORCHELASTIC_RUN_ID": "1"})
     assert line in run.stderr and run.stderr.count("\n") == 1 and run.returncode == 2
+
+
+@pytest.mark.parametrize("B, T, dtype, version, message", [
+    (31, 1024, "float32", "2.9.1", ""), (32, 1024, "float32", "2.13.0", "smaller --B or --T"),
+    (4, 64, "bfloat16", "2.12.1", "use --dtype float32"), (4, 64, "bfloat16", "2.13.0", ""),
+])  # fmt: skip
+def test_what_an_apple_gpu_computes_wrongly_is_refused(monkeypatch, B, T, dtype, version, message):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    cfg = SimpleNamespace(T=T, dtype=dtype, eval_only=False)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_apple(cfg, B, torch.device("mps"))
+    check_apple(cfg, B, torch.device("cuda"))
 
 
 def test_three_processes_name_the_totals_that_work():

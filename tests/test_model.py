@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import train_gpt2
+from plumbing import hardware
 from plumbing.checkpoint import export_hf, from_hf, swap_conv1d
 from plumbing.errors import UserError
 from train_gpt2 import GPT, GPTConfig, get_lr
@@ -235,6 +236,20 @@ def test_chunked_loss_equals_plain_cross_entropy(monkeypatch, dtype, atol, cap):
     theirs = torch.autograd.grad(plain / 3, wanted)
     for x, z in zip(ours, theirs, strict=True):
         assert torch.allclose(x, z, atol=atol / 10)
+
+
+def test_a_product_for_an_apple_gpu_has_short_sums():
+    a, b = torch.randn(3, 50304, dtype=torch.float64), torch.randn(50304, 4, dtype=torch.float64)
+    terms = []
+
+    class Seen(torch.Tensor):
+        def __matmul__(self, other):
+            terms.append(self.size(1))
+            return self.as_subclass(torch.Tensor) @ other
+
+    in_parts = hardware.product(a.as_subclass(Seen), b, "mps")
+    assert torch.allclose(in_parts, a @ b) and sum(terms) == 50304 and max(terms) < 32767
+    assert torch.equal(hardware.product(a, b, "cpu"), a @ b)
 
 
 def test_model_takes_the_chunked_way_where_rows_are_many():

@@ -262,6 +262,22 @@ def test_bfloat16_on_a_cpu_where_it_is_faster(monkeypatch, capsys, able, rate, d
     assert capsys.readouterr().out.startswith(f"dtype {dtype}: " if able else "")
 
 
+@pytest.mark.parametrize("arch, able", [
+    ("gfx90a:sramecc+:xnack-", True), ("gfx942", True), ("gfx908", True), ("gfx1100", True),
+    ("gfx1032", False), ("gfx906:sramecc+", False), ("gfx803", False),
+])  # fmt: skip
+def test_bfloat16_on_amds_cards_that_have_it(monkeypatch, arch, able):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(gcnArchName=arch))
+    assert hardware.has_bfloat16(torch.device("cuda")) == able
+
+
+def test_a_smoke_run_downloads_nothing_on_a_gpu_either():
+    smoke = train_gpt2.TrainConfig(**train_gpt2.PRESETS["smoke"])
+    assert train_gpt2.examples_wanted(smoke, torch.device("mps")) == 0
+
+
 @pytest.mark.parametrize("name, peak", [
     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
     ("Tesla T4", 65), ("NVIDIA GeForce RTX 4090", 165),
