@@ -158,8 +158,11 @@ class Stream:
         """Yields (first document, list of texts, note of where the source was before them)."""
         from datasets import __version__ as version
 
+        # The state of a shuffled stream lacks its buffer. In one version the state stands still
+        # once it was set (datasets issue 8308).
+        known = not self.shuffled and version != "5.0.0"
         start = self.note or {"datasets": None}
-        if start["datasets"] != version or start["document"] > first:
+        if not known or start["datasets"] != version or start["document"] > first:
             start = {"document": 0, "at": None}
         self.data.load_state_dict(start["at"])
         rows = itertools.islice(self.data, first - start["document"], None)  # those are written
@@ -167,9 +170,7 @@ class Stream:
         while some := self.next_texts(texts):
             yield first, some, note
             first += len(some)
-            # The state of a shuffled stream lacks its buffer. In one version the state stands still
-            # once it was set (datasets issue 8308).
-            if not self.shuffled and version != "5.0.0":
+            if known:
                 note = {"datasets": version, "document": first, "at": self.data.state_dict()}
 
     def next_texts(self, texts):
@@ -355,6 +356,7 @@ def workers(num_proc, encode, source):
     except BrokenExecutor as e:
         raise RunError("a worker process died (killed, or out of memory?)") from e
     finally:
+        signal.signal(signal.SIGINT, interrupt)
         pool.shutdown(cancel_futures=True)
 
 
@@ -523,7 +525,7 @@ def fetch_shard(args, file, commit):
 
     name, path = file.rfilename, os.path.join(args.out, file.rfilename)
     with contextlib.suppress(FileNotFoundError):
-        os.remove(path)  # what has this name and is not in the manifest may be anything
+        os.remove(path)  # not in the manifest it may be anything, else its size is wrong
     with asking_the_hub(args.dataset):
         hf_hub_download(args.dataset, name, repo_type="dataset", revision=commit,
                         local_dir=args.out)

@@ -67,7 +67,7 @@ def check_apple(cfg, B, device):
                         "(pytorch issue 195163): use a smaller --B or --T")
     if cfg.dtype != "float32" and torch.__version__ < (2, 13):
         raise UserError(f"--dtype {cfg.dtype} on mps: up to torch 2.12 tokens see later ones there "
-                        "(pytorch issue 195910): use --dtype float32, or torch 2.13")
+                        "(pytorch issue 195910): use torch 2.13, or start with --dtype float32")
 
 
 def check_steps(cfg, rows_per_step, n_windows):

@@ -34,7 +34,8 @@ def rank(name="RANK"):
 
 def say(message, stream="stdout"):
     """Print, on the main process only."""
-    if rank() == 0:  # in one piece: a save beside the training may speak at the same time
+    if rank() == 0:
+        # in one piece: a save beside the training may speak at the same time
         print(f"{message}\n", end="", file=getattr(sys, stream), flush=True)
 
 
@@ -85,7 +86,8 @@ def run_main(program, command, smaller="a smaller model, --B or --T"):
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except Exception as e:
-        error, status = e, 2 if isinstance(e, UserError) or is_out_of_memory(e) else 1
+        error = e
+        status = 2 if isinstance(e, UserError) or is_out_of_memory(e) else 1
     if error:
         # our own words may hold the same of a download
         own = isinstance(error, (UserError, RunError))

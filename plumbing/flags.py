@@ -146,8 +146,8 @@ def settle(cls, presets, preset, given, saved=None, weights=None):
                                 f"{shape[k]}: leave --{k} out")
         cfg |= shape
         if given.get("eval_only"):  # as in the checkpoint's own run
-            flags = weights.get("flags", {})
-            cfg |= {k: flags.get(k, defaults[k]) for k in ("data", "T", "val_tokens")}
+            flags, wanted = weights.get("flags", {}), ("data", "T", "val_tokens", "hellaswag")
+            cfg |= {k: flags.get(k, defaults[k]) for k in wanted}
             if flags.get("dtype") == "float32":  # the others need a device that has them
                 cfg["dtype"] = "float32"
     return cfg | given | {"preset": preset}

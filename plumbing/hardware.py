@@ -89,7 +89,7 @@ def has_bfloat16(device):
     """Whether the device has instructions for it; a CPU has AMX, or AVX-512 with bfloat16."""
     if device.type == "cuda" and torch.version.hip:  # AMD's have names in place of a capability
         arch = torch.cuda.get_device_properties(device).gcnArchName
-        return not re.match("gfx(8|900|902|906|90c|10)", arch)
+        return not re.match("gfx(8|90[02469c]|10)", arch)
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -135,7 +135,7 @@ def device_name(device):
 # bfloat16. The first that is a word of the card's name counts.
 DATA_SHEETS = {"B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835,
                "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125,
-               "RTX 4090(?! Laptop)": 165, "RTX 3090(?! Ti)": 71, "V100": 125, "T4": 65}
+               "RTX 4090(?! Laptop| D)": 165, "RTX 3090(?! Ti)": 71, "V100": 125, "T4": 65}
 
 
 def share_of_peak(name, dtype, flops):

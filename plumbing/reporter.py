@@ -29,8 +29,8 @@ def open_log_dir(folder, resumed):
     """Make `folder` ready; an older run in it is moved to the first free folder.N. Returns its
     lock, which dies with this process. UserError where a live run holds it."""
     folder = os.path.normpath(folder)
-    path, refusal = os.path.join(folder, ".lock"), (
-        f"another run is writing to {folder}: wait for its end, or choose another --log_dir")
+    path = os.path.join(folder, ".lock")
+    refusal = f"another run is writing to {folder}: wait for its end, or choose another --log_dir"
     marks = ("log.txt", "config.json", "last.pt", "model_*.pt")
     old_run = any(glob.glob(os.path.join(glob.escape(folder), mark)) for mark in marks)
     try:
@@ -92,8 +92,9 @@ class Reporter:
     DIGITS = dict(train=6, val=4, hella=4, norm=4)
 
     def __init__(self, cfg, settings, from_step, peak_steps):
-        folder, self.max_steps = cfg.log_dir, cfg.max_steps
-        self.tokens_per_step, self.peak_steps = cfg.total_batch_size, peak_steps
+        folder = cfg.log_dir
+        self.max_steps, self.tokens_per_step = cfg.max_steps, cfg.total_batch_size
+        self.peak_steps = peak_steps
         self.timed, self.seconds = -3, 0.0  # steps and their time; the first three compile
         self.lock = open_log_dir(folder, resumed=cfg.resume)
         try:

@@ -23,6 +23,7 @@ MANIFEST, MANIFEST_FORMAT = "manifest.json", "fineweb.py 1"
 # -----------------------------------------------------------------------------
 # Tokenizer: tiktoken's gpt2, or GPT-2's own 256 single-byte tokens where there is no vocabulary
 
+NO_TOKEN = "\ufffd".encode()  # for ids that the vocabulary does not have
 HOW_TO_GET_GPT2 = (
     'where there is a network, run `TIKTOKEN_CACHE_DIR=bpe python -c "import tiktoken; '
     "tiktoken.get_encoding('gpt2')\"`, copy the folder bpe here and set TIKTOKEN_CACHE_DIR to it"
@@ -64,10 +65,11 @@ class Tokenizer:
     def decode_bytes(self, ids):
         """The bytes of token ids; a token may be part of a character."""
         if self._bpe:
-            return self._bpe.decode_bytes([int(i) for i in ids if i < self.n_vocab])
+            one = self._bpe.decode_single_token_bytes
+            return b"".join(one(int(i)) if i < self.n_vocab else NO_TOKEN for i in ids)
         known = dict(enumerate(bytes([b]) for b in self._byte_of_id))
         known[EOT] = b"<|endoftext|>"
-        return b"".join(known.get(int(i), b"\xef\xbf\xbd") for i in ids)  # or U+FFFD
+        return b"".join(known.get(int(i), NO_TOKEN) for i in ids)
 
     def stream(self):
         """A function from the next token ids to the text that they complete."""

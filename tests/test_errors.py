@@ -135,7 +135,7 @@ def test_an_error_of_our_own_is_said_under_torchrun(error, line):
 
 @pytest.mark.parametrize("B, T, dtype, version, message", [
     (31, 1024, "float32", "2.9.1", ""), (32, 1024, "float32", "2.13.0", "smaller --B or --T"),
-    (4, 64, "bfloat16", "2.12.1", "use --dtype float32"), (4, 64, "bfloat16", "2.13.0", ""),
+    (4, 64, "bfloat16", "2.12.1", "use torch 2.13"), (4, 64, "bfloat16", "2.13.0", ""),
 ])  # fmt: skip
 def test_what_an_apple_gpu_computes_wrongly_is_refused(monkeypatch, B, T, dtype, version, message):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))

@@ -21,6 +21,7 @@ from conftest import SHARED, TINY, has_vocabulary, read_log, train, weights, wri
 import hellaswag
 import train_gpt2
 from plumbing import hardware, machine, tokens
+from plumbing.flags import settle
 from plumbing.tokens import get_tokenizer
 
 # build-nanogpt's own classes and loop in float32 on a CPU: loss and gradient norm of 12 steps.
@@ -264,7 +265,7 @@ def test_bfloat16_on_a_cpu_where_it_is_faster(monkeypatch, capsys, able, rate, d
 
 @pytest.mark.parametrize("arch, able", [
     ("gfx90a:sramecc+:xnack-", True), ("gfx942", True), ("gfx908", True), ("gfx1100", True),
-    ("gfx1032", False), ("gfx906:sramecc+", False), ("gfx803", False),
+    ("gfx1032", False), ("gfx906:sramecc+", False), ("gfx90c", False), ("gfx803", False),
 ])  # fmt: skip
 def test_bfloat16_on_amds_cards_that_have_it(monkeypatch, arch, able):
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -274,8 +275,12 @@ def test_bfloat16_on_amds_cards_that_have_it(monkeypatch, arch, able):
 
 
 def test_a_smoke_run_downloads_nothing_on_a_gpu_either():
+    """But weights that are evaluated there are scored as they are anywhere."""
     smoke = train_gpt2.TrainConfig(**train_gpt2.PRESETS["smoke"])
     assert train_gpt2.examples_wanted(smoke, torch.device("mps")) == 0
+    cfg = settle(train_gpt2.TrainConfig, train_gpt2.PRESETS, "smoke", {"eval_only": True},
+                 weights={"config": {}})
+    assert train_gpt2.examples_wanted(SimpleNamespace(**cfg), torch.device("mps")) == 10042
 
 
 @pytest.mark.parametrize("name, peak", [

@@ -108,8 +108,7 @@ CALLS = """os.replace os.fsync os.link os.remove os.makedirs os.open torch.load 
     torch.set_rng_state zipfile.ZipFile.testzip json.dumps torch.nn.utils.clip_grad_norm_
     torch.Tensor.backward torch.distributed.send torch.distributed.recv torch.distributed.all_reduce
     torch.distributed.all_gather_object torch.distributed.init_process_group""".split()
-FILES = ("checkpoint.py", "files.py", "reporter.py", "machine.py",
-         "hardware.py")
+FILES = ("checkpoint.py", "files.py", "reporter.py", "machine.py", "hardware.py")
 END = 'at("plumbing.errors.leave", kill)'
 
 
