@@ -65,8 +65,8 @@ class Tokenizer:
     def decode_bytes(self, ids):
         """The bytes of token ids; a token may be part of a character."""
         if self._bpe:
-            one = self._bpe.decode_single_token_bytes
-            return b"".join(one(int(i)) if i < self.n_vocab else NO_TOKEN for i in ids)
+            one = self._bpe.decode_bytes
+            return b"".join(one([int(i)]) if i < self.n_vocab else NO_TOKEN for i in ids)
         known = dict(enumerate(bytes([b]) for b in self._byte_of_id))
         known[EOT] = b"<|endoftext|>"
         return b"".join(known.get(int(i), NO_TOKEN) for i in ids)
