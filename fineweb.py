@@ -356,7 +356,7 @@ def workers(num_proc, encode, source):
     except BrokenExecutor as e:
         raise RunError("a worker process died (killed, or out of memory?)") from e
     finally:
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, interrupt)  # also where a worker could not be started
         pool.shutdown(cancel_futures=True)
 
 
