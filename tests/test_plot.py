@@ -1,390 +1,312 @@
-"""plot.py: what it reads, the numbers it prints, and that every kind of log becomes a picture."""
+"""plot.py: log parsing, the table, the reference runs, the picture and the command."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import plot
-from conftest import ROOT
-from plumbing.errors import UserError, run_main
+from conftest import ROOT, SHARED
 
-GPT2 = {"warmup_steps": 715, "n_layer": 12, "n_embd": 768, "total_batch_size": 524288}
+CURVES = SHARED / "golden" / "reference_curves.json"
+GPT2 = plot.CONFIG_124M | {"warmup_steps": 715, "max_lr": 6e-4, "log_dir": "log"}
 SMALL = GPT2 | {"n_layer": 4, "n_embd": 128, "total_batch_size": 2048}
+EDU, FINEWEB = "edufineweb_train_000001.npy", "fineweb_train_000001.bin"
 
 
-def write(folder, text, flags=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.txt").write_text(text, encoding="utf-8")
+def write(directory, text, flags=None, **config):
+    """Write log.txt, and with flags a config.json, into a new directory. Returns the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "log.txt").write_text(text, encoding="utf-8")
     if flags is not None:
-        (folder / "config.json").write_text(json.dumps({"flags": flags}), encoding="utf-8")
-    return folder
+        config = {"flags": flags, "model": {"n_layer": flags["n_layer"]}} | config
+        (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
 
 
 def log_of(steps, every=250, streams=("train", "norm", "val", "hella"), spike_at=None):
-    """A log in train_gpt2.py's format with a plausible course."""
-    lines = []
+    """Return a log in train_gpt2.py's format with plausible values."""
+    lines = ""
     for s in range(steps + 1):
-        loss = 3 + 8 / (1 + s / 50)
-        if s % every == 0 or s == steps:
-            lines += [f"{s} val {loss:.4f}"] if "val" in streams else []
-            lines += [f"{s} hella {0.25 + 1e-6 * s:.4f}"] if "hella" in streams else []
-        if s < steps:
-            lines += [f"{s} train {loss:.6f}"] if "train" in streams else []
-            norm = 12.0 if s == spike_at else 0.3 + 0.01 * np.sin(s)
-            lines += [f"{s} norm {norm:.4f}"] if "norm" in streams else []
-    return "\n".join(lines) + "\n"
+        loss, norm = 3 + 8 / (1 + s / 50), 12.0 if s == spike_at else 0.3 + 0.01 * np.sin(s)
+        values = dict(train=loss, norm=norm, val=loss, hella=0.25 + 1e-6 * s)
+        due = [n for n in streams if n in ("train", "norm") or s % every == 0 or s == steps]
+        lines += "".join(f"{s} {name} {values[name]:.6f}\n" for name in due)
+    return lines
 
 
-# -----------------------------------------------------------------------------
-# Reading
-
-
-def test_reads_our_log(tmp_path):
+def test_read_log(tmp_path):
     text = "0 val 10.9549\n0 hella 0.2463\n0 train 10.955029\n0 norm 15.3660\n1 train 9.5\n"
-    run = plot.read_log(write(tmp_path / "log", text, GPT2))
-    assert run.name == str(tmp_path / "log") and run.span == (0, 1) and run.flags == GPT2
+    run = plot.read_log(write(tmp_path / "log", text, GPT2, first_shard=EDU))
+    assert run.name == str(tmp_path / "log") and run.last == 1
+    assert run.settings == GPT2 | dict(arch="gpt2", tokenizer=None, dataset="FineWeb-Edu")
     assert run.train.tolist() == [[0, 1], [10.955029, 9.5]]
-    assert run.val.tolist() == [[0], [10.9549]]
-    assert run.hella.tolist() == [[0], [0.2463]]
-    assert run.norm.tolist() == [[0], [15.366]]
+    assert [run.val.tolist(), run.hella.tolist(), run.norm.tolist()] == [
+        [[0], [10.9549]], [[0], [0.2463]], [[0], [15.366]]]
+    os.rename(tmp_path / "log" / "log.txt", tmp_path / "log" / "old.txt")
+    assert plot.read_log(str(tmp_path / "log" / "old.txt")).train.tolist() == run.train.tolist()
 
 
-def test_reads_the_other_formats(tmp_path):
-    ours = plot.read_log(write(tmp_path / "a", "0 val 10.9366\n0 hella 0.2501\n0 train 10.9365\n"))
-    text = "0 val_loss: 10.9366\n0 hella_norm: 0.2501\n0 train_loss: 10.9365\n"
-    theirs = plot.read_log(write(tmp_path / "b", text))
-    for stream in ("train", "val", "hella", "norm"):
-        assert np.array_equal(getattr(ours, stream), getattr(theirs, stream))
-    assert ours.norm.shape == (2, 0) and ours.flags == {}
-
-
-def test_a_log_file_is_as_good_as_its_folder(tmp_path):
-    folder = write(tmp_path / "run", "0 train 1.5\n", GPT2)
-    by_file = plot.read_log(folder / "log.txt")
-    assert by_file.train.tolist() == [[0], [1.5]] and by_file.flags == GPT2
-    os.rename(folder / "log.txt", folder / "old.txt")
-    assert plot.read_log(str(folder / "old.txt")).train.tolist() == [[0], [1.5]]
-
-
-def test_later_line_wins_and_steps_ascend(tmp_path):
-    text = "0 train 9\n1 train 8\n2 train 7\n1 train 6\n2 train 5\n"
-    run = plot.read_log(write(tmp_path, text))
-    assert run.train.tolist() == [[0, 1, 2], [9, 6, 5]]
-
-
-NO_NUMBER = ["0 train nan", "0 train -inf", "0 train 1e308", "0 train 1e+100", "0 train 1.2.3"]
-MALFORMED = ["0 train", "x train 1.0", "0 train one", "0 test 1.0", "0 train 1.0 2.0", "-1 val 3.0"]
-ODD = ["\0\0\0", "1" * 400 + " val 3.0", "0 val " + "1" * 400, "2.5 val 3.0"]
-
-
-@pytest.mark.parametrize("line", MALFORMED + NO_NUMBER + ODD)
-def test_lines_without_step_stream_and_number_are_skipped(tmp_path, capsys, line):
+@pytest.mark.parametrize("line", [
+    "0 train", "x train 1.0", "0 train one", "0 test 1.0", "0 train 1.0 2.0", "-1 val 3.0",
+    "0 train nan", "0 train -inf", "0 train 1e308", "0 train 1e+100", "0 train 1.2.3", "\0\0\0",
+    "1" * 400 + " val 3.0", "0 val " + "1" * 400, "2.5 val 3.0"])
+def test_other_lines_are_skipped(tmp_path, line):
     run = plot.read_log(write(tmp_path, f"0 train 9.5\n{line}\n\n1 train 9.25\n"))
     assert run.train.tolist() == [[0, 1], [9.5, 9.25]] and not run.val.size
-    warning = f"warning: {tmp_path}: skipped lines that are not `step stream number`: 1\n"
-    assert capsys.readouterr().err == warning
 
 
-@pytest.mark.parametrize("value", ["-1", "0", "3.", "1e-05", "2.5e+10", "12345678"])
-def test_whatever_a_value_is_written_like(tmp_path, capsys, value):
-    run = plot.read_log(write(tmp_path, f"0 norm {value}\n"))
-    assert run.norm.tolist() == [[0], [float(value)]] and capsys.readouterr().err == ""
+def test_number_formats_line_ends_and_repeated_steps(tmp_path):
+    lines = (b"0 val -1", b"\xff\xfe", b"2 val 3.", b"1 val 9", b"1 val 2.5e+10")
+    (tmp_path / "log.txt").write_bytes(b"\r\n".join(lines))
+    assert plot.read_log(tmp_path).val.tolist() == [[0, 1, 2], [-1, 2.5e10, 3]]
 
 
-def test_bytes_that_are_not_text_are_one_line_skipped(tmp_path, capsys):
-    (tmp_path / "log.txt").write_bytes(b"0 train 9.5\r\n\xff\xfe\r\n1 train 9.0\r\n")
-    assert plot.read_log(tmp_path).train.shape == (2, 2)
-    assert capsys.readouterr().err.endswith("number`: 1\n")
+@pytest.mark.parametrize("config", ["[]", "{}", "{", '{"flags": null}', '{"flags": []}'])
+def test_config_of_another_program_is_ignored(tmp_path, config):
+    (write(tmp_path, "0 train 1.0\n") / "config.json").write_text(config, encoding="utf-8")
+    assert plot.read_log(tmp_path).settings == {}
 
 
-def test_errors_name_the_thing(tmp_path):
-    with pytest.raises(UserError, match="log.txt cannot be read .No such file"):
-        plot.read_log(tmp_path)
-    with pytest.raises(UserError, match="nothing cannot be read .No such file"):
-        plot.read_log(tmp_path / "nothing")
-    with pytest.raises(UserError, match="is it a training log"):
-        plot.read_log(write(tmp_path / "empty", ""))
-    folder = write(tmp_path / "bad", "0 train 1.0\n")
-    (folder / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="config.json cannot be read"):
-        plot.read_log(folder)
-
-
-@pytest.mark.parametrize("config", ["[]", "{}", '{"flags": null}', '{"flags": {"max_lr": null}}'])
-def test_a_foreign_config_tells_nothing(tmp_path, config):
-    folder = write(tmp_path, "0 train 1.0\n")
-    (folder / "config.json").write_text(config, encoding="utf-8")
-    assert plot.read_log(folder).flags == {}
-
-
-# -----------------------------------------------------------------------------
-# Numbers
+@pytest.mark.parametrize("config, dataset", [
+    (dict(first_shard=EDU), "FineWeb-Edu"),
+    (dict(first_shard="finewebedu_train_000001.bin"), "FineWeb-Edu"),
+    (dict(first_shard="edu_fineweb_train_000001.bin"), "FineWeb-Edu"),
+    (dict(first_shard=FINEWEB), "FineWeb"),
+    (dict(first_shard="input.txt", data="1 file"), None),
+    (dict(first_shard=None), None),
+    (dict(data={"kind": "shards", "shards": [[EDU, 100000000]]}), "FineWeb-Edu"),
+    (dict(data={"kind": "text", "shards": []}), None)])
+def test_dataset_is_recognized_by_the_first_shard(tmp_path, config, dataset):
+    run = plot.read_log(write(tmp_path, "0 val 10.9\n", GPT2, **config))
+    assert run.settings["dataset"] == dataset
 
 
 def test_table(tmp_path):
     text = "0 val 10.9\n10 val 3.5\n20 val nan\n30 val 3.75\n0 hella 0.25\n10 hella 0.31\n"
     full = plot.read_log(write(tmp_path / "full", text, GPT2))
     bare = plot.read_log(write(tmp_path / "b", "1234 train 4.0\n"))
-    heading, *rows = plot.table([full, bare]).splitlines()
+    heading, *rows = plot.format_table([full, bare]).splitlines()
     assert heading.split()[:3] == ["run", "steps", "tokens"]
     first, second = (row.split()[1:] for row in rows)
     assert first == ["30", "15.73M", "3.7500", "3.5000", "(10)", "0.3100", "(10)"]
     assert second == ["1,234", "-", "-", "-", "-"]
     assert len({len(line) for line in (heading, *rows)}) == 1
-
-
-def test_table_of_a_full_run(tmp_path):
     run = plot.read_log(write(tmp_path / "log", "19073 val 3.0656\n", GPT2))
-    assert "19,073  9,999.75M" in plot.table([run])
+    assert "19,073  9,999.75M" in plot.format_table([run])
 
 
 def test_running_median():
     steps = np.arange(100, 120.0)
-    medians = plot.running_median(np.stack([steps, steps % 7]), 5)
-    assert medians[0].tolist() == list(range(102, 118))
-    assert medians[1].tolist() == [np.median([s % 7 for s in range(m - 2, m + 3)])
-                                   for m in range(102, 118)]
-    assert plot.running_median(np.stack([steps, steps]), 8)[0].tolist() == [
-        103.5, 105.5, 107.5, 109.5, 111.5, 113.5, 115.5]
+    medians = plot.running_median(np.stack([steps, -steps]), 8)
+    assert medians[0].tolist() == [103.5, 105.5, 107.5, 109.5, 111.5, 113.5, 115.5]
+    assert (medians[1] == -medians[0]).all()
 
 
-def with_norms(norms, **flags):
-    """A Run of these norms and nothing else."""
-    nothing, n = np.zeros((2, 0)), len(norms)
-    series = np.stack([np.arange(n), norms])
-    return plot.Run("x", (0, n - 1), {"warmup_steps": 500} | flags, nothing, nothing, nothing,
-                    series)
+def with_norms(norms, **settings):
+    """Return a Run that has only these gradient norms."""
+    empty, n = np.zeros((2, 0)), len(norms)
+    return plot.Run("x", n - 1, {"warmup_steps": 500} | settings, empty, empty, empty,
+                    np.stack([np.arange(n), norms]))
 
 
 def test_spikes():
-    rng = np.random.default_rng(0)
-    norms = 0.3 + 10 * np.exp(-np.arange(5000) / 100) + 0.02 * rng.standard_normal(5000)
+    norms = 0.3 + 10 * np.exp(-np.arange(5000) / 100) + 0.05 * np.sin(np.arange(5000))
     assert plot.find_spikes(with_norms(norms)).size == 0
-    norms[[100, 2000, 4999]] = 50, 3.5, 4.0  # the first within warm-up
+    norms[[100, 2000, 4999]] = 50, 3.5, 4.0  # the first is within the warm-up
     assert plot.find_spikes(with_norms(norms)).tolist() == [[2000, 4999], [3.5, 4.0]]
     assert plot.find_spikes(with_norms(norms, warmup_steps=50)).shape == (2, 3)
-    assert plot.find_spikes(with_norms(np.ones(5000))).shape == (2, 0)
     assert plot.find_spikes(with_norms(np.ones(500))).shape == (2, 0)
-
-
-def test_the_six_highest_spikes_are_named_one_of_each_burst():
     norms = np.full(10000, 0.3)
     norms[1000:10000:1000] = np.arange(9, 0, -1)  # 1000: 9, 2000: 8, ...
-    norms[[1001, 1010, 2990]] = 8.5, 8.4, 7.5  # two more of the first burst, the best of the third
-    named = [[1000, 2000, 2990, 4000, 5000, 6000], [9, 8, 7.5, 6, 5, 4]]
-    assert plot.find_spikes(with_norms(norms)).tolist() == named
-    *_, line = plot.table([with_norms(norms)]).splitlines()
-    assert line == ("x: spikes of the gradient norm at step 1,000: 9, step 2,000: 8, "
-                    "step 2,990: 7.5, step 4,000: 6, step 5,000: 5, step 6,000: 4")
+    norms[[1001, 1010, 2990]] = 8.5, 8.4, 7.5  # two in the first burst, the highest in the third
+    assert plot.format_table([with_norms(norms)]).splitlines()[-1] == (
+        "x: gradient norm spikes at step 1,000: 9, step 2,000: 8, step 2,990: 7.5, "
+        "step 4,000: 6, step 5,000: 5, step 6,000: 4")
 
 
-# -----------------------------------------------------------------------------
-# The command
+def test_bytes_tokenizer_is_named_and_differing_settings_are_listed(tmp_path):
+    other = GPT2 | {"max_lr": 1.5e-3 / 10, "log_dir": "log.1", "device": "cpu", "resume": True}
+    runs = [plot.read_log(write(tmp_path / "a", "0 val 5\n", GPT2, tokenizer="gpt2")),
+            plot.read_log(write(tmp_path / "b", "0 val 3\n", other, tokenizer="bytes")),
+            plot.read_log(write(tmp_path / "c", "0 val 3\n"))]
+    _, first, second, _, *differs = plot.format_table(runs).splitlines()
+    assert "byte t" not in first and second.startswith(f"{tmp_path / 'b'} (byte tokens)  ")
+    assert differs == ["max_lr differs: 0.0006, 0.00015, -", "tokenizer differs: gpt2, bytes, -"]
+    assert "differs" not in plot.format_table([runs[0], runs[0], runs[2]])
 
 
-def typed(capsys, *argv):
-    """(exit status, stdout, stderr) of the command."""
-    with pytest.raises(SystemExit) as end:
-        run_main("plot.py", lambda: plot.plot([str(a) for a in argv]))
-    return end.value.code, *capsys.readouterr()
+def reference_line(directory, text, flags=GPT2, **config):
+    """Return what the table prints on the reference of one run, '' for nothing."""
+    run = plot.read_log(write(directory, text, flags, **config))
+    _, _, *lines = plot.format_table([run]).splitlines()
+    return "".join(line.removeprefix(f"{run.name}: ") for line in lines)
 
 
-def test_import_is_silent_and_light(tmp_path):
-    code = "import sys, plot; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+def test_interpolated_reference_is_within_a_hundredth_of_the_published_curve():
+    if not CURVES.exists():
+        pytest.skip("the published curves are not here")
+    published = json.loads(CURVES.read_text())
+    for key, name in ((("gpt2", "FineWeb-Edu"), "faithful"), (("modern", "FineWeb"), "modern")):
+        steps, losses = zip(*plot.REFERENCE_RUNS[key].items(), strict=True)
+        for step, loss, *_ in published[name]["val"]:
+            assert abs(np.interp(step, steps, losses) - loss) < 0.01, (name, step)
+        assert len(steps) <= 25 and published[name]["val"][-1][1] == losses[-1]
 
 
-@pytest.mark.parametrize(
-    "argv, fault",
-    [
-        (["nothing"], "nothing cannot be read"),
-        ([], "required: log"),
-        (["log", "-o", ""], "must not be empty"),
-        (["log", "--ou", "x.png"], "unrecognized arguments: --ou"),
-        (["log", "-o", "x.doc"], "x.doc cannot be written: Format 'doc' is not supported"),
-        (["log", "-o", "x"], "x cannot be written: Format"),
-        (["log", "-o", "no/folder.png"], "no/folder.png cannot be written"),
-    ],
-)
-def test_a_mistake_is_one_line(tmp_path, capsys, monkeypatch, argv, fault):
-    if fault.startswith("x"):
-        pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "log", "0 train 1.0\n")
-    status, _, err = typed(capsys, *argv)
-    assert status == 2
-    assert err.startswith("plot.py: error: ") and fault in err and err.count("\n") == 1
-    assert os.listdir(tmp_path) == ["log"] and os.listdir(tmp_path / "log") == ["log.txt"]
+@pytest.mark.parametrize("text, line", [
+    ("0 val 10.95\n2000 val 3.67\n", "last val 3.6700, reference 3.6663 (step 2,000)"),
+    ("2125 val 3.6\n", "last val 3.6000, reference 3.6398 (step 2,125)"),
+    ("0 val 10.95\n", "last val 10.9500, reference 10.9366 (step 0)"),
+    ("19073 val 3.07\n", "last val 3.0700, reference 3.0656 (step 19,073)"),
+    ("100 val 7.5\n", ""),  # the curve is too steep there
+    ("20000 val 3.05\n", ""),
+    ("2000 train 3.67\n", "")])
+def test_table_prints_the_reference_at_the_last_validation(tmp_path, text, line):
+    assert reference_line(tmp_path, text, first_shard=EDU) == line
 
 
-def test_matplotlib_missing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status, out, err = typed(capsys, write(tmp_path / "log", "0 val 10.9\n"))
-    assert status == 2 and "10.9000" in out
-    assert "pip install matplotlib" in err and err.count("\n") == 1
-    assert os.listdir(tmp_path / "log") == ["log.txt"]
+def test_reference_needs_the_same_configuration_and_dataset(tmp_path):
+    text = "2000 val 3.67\n"
+    assert "reference 3.4556 (step 2,000)" in reference_line(
+        tmp_path, text, arch="modern", first_shard=FINEWEB)
+    assert reference_line(tmp_path, text, arch="modern", first_shard=EDU) == (
+        "no reference: plot.py has no published modern run on FineWeb-Edu")
+    assert reference_line(tmp_path, text, first_shard=FINEWEB) == (
+        "no reference: plot.py has no published gpt2 run on FineWeb")
+    for change in ({"T": 512}, {"total_batch_size": 491520}, {"n_layer": 6}, {"block_size": 2048}):
+        assert reference_line(tmp_path, text, GPT2 | change, first_shard=EDU) == ""
+    assert reference_line(tmp_path, text, first_shard="input.txt") == ""
 
 
-def test_help_fits_100_columns(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "250")
-    status, out, _ = typed(capsys, "--help")
-    assert status == 0 and "curves.png" in out
-    assert max(map(len, out.splitlines())) <= 100
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """draw(runs) -> {first word of the title: axes} of the drawn picture."""
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn, savefig = [], figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig",
+                        lambda self, *args, **kw: drawn.append(self) or savefig(self, *args, **kw))
 
+    def draw(runs):
+        plot.draw(runs, tmp_path / "picture.png")
+        return {axes.get_title(loc="left").split()[0]: axes for axes in drawn[-1].axes}
 
-# -----------------------------------------------------------------------------
-# The picture
-
-
-def drawn(runs):
-    """The axes of a picture by the first word of their titles, composed without a file."""
-    matplotlib = pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(plot.SETTINGS):
-        figure = Figure(figsize=(13, 6.2), dpi=130, layout="constrained")  # as draw() has it
-        plot.compose(figure, runs)
-        figure.draw_without_rendering()
-    return {axes.get_title(loc="left").split()[0]: axes for axes in figure.axes}
-
-
-def margin(axes):
-    return [text.get_text() for text in axes.texts]
-
-
-def test_a_full_log_is_drawn_and_told(tmp_path, capsys):
-    pytest.importorskip("matplotlib.figure")
-    text = log_of(19073, spike_at=12000)
-    assert text.count("\n") == 2 * 19073 + 2 * 78
-    folder = write(tmp_path / "log", text, GPT2)
-    status, out, err = typed(capsys, folder)
-    assert (status, err) == (0, "") and out.splitlines()[2:] == [
-        f"{folder}: spikes of the gradient norm at step 12,000: 12",
-        f"wrote {folder / 'curves.png'}"]
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(os.listdir(folder)) == ["config.json", "curves.png", "log.txt"]
+    return draw
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    "text",
-    [
-        "0 val 10.95\n",
-        "5000 train 3.3\n",
-        "7 hella 0.26\n",
-        "7 norm 0.5\n",
-        "0 train 1e99\n1 train -5\n0 norm 1e99\n1 norm 0\n1 hella -1e99\n",
-        "0 val 3.0\n1 val nan\n2 val 3.0\n0 norm 1\n1 norm inf\n2 norm 1\n",
-        log_of(20, every=10),
-        log_of(2000, streams=("norm",)),
-    ],
-)
 @pytest.mark.parametrize("flags", [None, GPT2, SMALL])
-def test_every_log_has_a_picture(tmp_path, text, flags):
-    axes = drawn([plot.read_log(write(tmp_path, text, flags))])
+@pytest.mark.parametrize("text", [
+    "0 val 10.95\n", "5000 train 3.3\n", "7 hella 0.26\n", "7 norm 0.5\n",
+    "0 train 1e99\n1 train -5\n0 norm 1e99\n1 norm 0\n1 hella -1e99\n",
+    "0 val 3.0\n1 val nan\n2 val 3.0\n0 norm 1\n1 norm inf\n2 norm 1\n",
+    log_of(20, every=10), log_of(2000, streams=("norm",))])
+def test_every_log_has_a_picture(tmp_path, draw, text, flags):
+    axes = draw([plot.read_log(write(tmp_path, text, flags, first_shard=EDU))])
     streams = {line.split()[1] for line in text.splitlines()}
     panels = {"Loss:": True, "HellaSwag": "hella" in streams, "Gradient": "norm" in streams}
-    assert set(axes) == {name for name, there in panels.items() if there}
+    assert set(axes) == {name for name, drawn in panels.items() if drawn}
     for a in axes.values():
         assert np.isfinite([*a.get_xlim(), *a.get_ylim()]).all()
 
 
-def test_one_point_is_seen(tmp_path):
-    axes = drawn([plot.read_log(write(tmp_path, "5 val 3.5\n"))])["Loss:"]
-    (line,) = [line for line in axes.lines if line.get_xydata().tolist() == [[5, 3.5]]]
-    assert line.get_marker() == "o"
-    assert axes.get_xlim()[0] < 5 < axes.get_xlim()[1]
-    assert axes.get_ylim()[0] < 3.5 < axes.get_ylim()[1]
+@pytest.mark.parametrize("text, low, high", [
+    (log_of(200), 10.9, 12), (log_of(19073), 3.3, 4), (log_of(19073) + "9000 train 50\n", 3.3, 4)])
+def test_long_run_is_not_flattened_by_its_first_steps(tmp_path, draw, text, low, high):
+    axes = draw([plot.read_log(write(tmp_path, text, GPT2))])["Loss:"]
+    assert low < axes.get_ylim()[1] < high
 
 
-def test_the_first_steps_of_a_long_run_do_not_press_the_others(tmp_path):
-    def top(text):
-        return drawn([plot.read_log(write(tmp_path, text, GPT2))])["Loss:"].get_ylim()[1]
-
-    assert top(log_of(200)) > 10.9
-    assert top(log_of(19073)) < 4.0
-    assert top(log_of(19073) + "9000 train 50\n") < 4.0  # nor does one batch that is off
-
-
-def test_references_are_for_their_size(tmp_path):
-    def names(flags):
-        folder = write(tmp_path / str(flags and flags["n_layer"]), log_of(1200), flags)
-        axes = drawn([plot.read_log(folder)])
-        return margin(axes["Loss:"]), margin(axes["HellaSwag"])
-
-    of_124m = ["chance\n0.25", "GPT-2 124M\n0.2945", "GPT-3 124M\n0.337"]
-    assert names(GPT2) == names(None) == (["GPT-2 124M\n3.2924"], of_124m)
-    assert names(SMALL) == ([], ["chance\n0.25"])
-    large = GPT2 | {"n_layer": 24, "n_embd": 1024}
-    assert names(large) == ([], ["chance\n0.25", "GPT-2 350M\n0.3752", "GPT-3 350M\n0.436"])
+def test_openai_levels_are_those_of_the_size_and_do_not_overlap(tmp_path, draw):
+    sizes = [{"n_layer": n, "n_embd": c} for n, c in [*plot.OPENAI_MODELS, (4, 128)]]
+    runs = [plot.read_log(write(tmp_path / str(i), log_of(1200), GPT2 | size))
+            for i, size in enumerate(sizes)]
+    labels = []
+    for axes in (draw([runs[0]]), draw([runs[1]]), draw([runs[-1]]), draw(runs)):
+        labels.append([t.get_text() for t in [*axes["Loss:"].texts, *axes["HellaSwag"].texts]])
+        boxes = sorted((t.get_window_extent() for t in axes["HellaSwag"].texts), key=lambda b: b.y0)
+        assert all(a.y1 <= b.y0 for a, b in zip(boxes, boxes[1:], strict=False))
+    assert labels[0] == ["GPT-2 124M\n3.2924", "chance\n0.25", "GPT-2 124M\n0.2945",
+                         "GPT-3 124M\n0.337"]
+    assert labels[1] == ["chance\n0.25", "GPT-2 350M\n0.3752", "GPT-3 350M\n0.436"]
+    assert labels[2] == ["chance\n0.25"] and len(labels[3]) == 6
 
 
-def test_reference_lines_are_in_sight_and_no_two_names_overlap(tmp_path):
-    sizes = [dict(zip(("n_layer", "n_embd"), size, strict=True)) for size in plot.REFERENCES]
-    runs = [plot.read_log(write(tmp_path / str(i), "0 train 10.9\n9 train 10.1\n9 hella 0.26\n", f))
-            for i, f in enumerate(sizes)]
-    for some in ([runs[0]], [runs[3]], runs):
-        axes = drawn(some)
-        for panel in (axes["Loss:"], axes["HellaSwag"]):
-            boxes = sorted((t.get_window_extent() for t in panel.texts), key=lambda box: box.y0)
-            assert all(a.y1 <= b.y0 for a, b in zip(boxes, boxes[1:], strict=False))
-            low, high = panel.get_ylim()
-            assert all(low < t.get_position()[1] < high for t in panel.texts)
-    assert axes["Loss:"].texts
+def test_reference_curve_and_spikes_are_drawn(tmp_path, draw):
+    text = log_of(3000, spike_at=1500)
+    run = plot.read_log(write(tmp_path / "b", text, GPT2, first_shard=EDU, tokenizer="bytes"))
+    axes = draw([run, run])
+    labels = [t.get_text() for t in axes["Loss:"].get_legend().texts]
+    assert labels == [run.name[-40:]] * 2 + ["published gpt2 run on FineWeb-Edu"]
+    assert labels[0].endswith("b (byte tokens)")
+    curve = [line for line in axes["Loss:"].lines if line.get_label() == labels[-1]][0]
+    assert list(curve.get_xdata()) == [s for s in plot.REFERENCE_RUNS["gpt2", "FineWeb-Edu"]
+                                       if s <= 3000]
+    marks = [line for line in axes["Gradient"].lines if line.get_marker() == "v"]
+    assert marks[0].get_xdata().tolist() == [1500] and marks[0].get_ydata()[0] > 12
+    for config in (dict(first_shard=FINEWEB), dict(first_shard=EDU, arch="modern"), {}):
+        axes = draw([plot.read_log(write(tmp_path, text, GPT2, **config))])
+        assert len(axes["Loss:"].get_legend().texts) == 1
 
 
-def test_spikes_are_marked(tmp_path):
-    run = plot.read_log(write(tmp_path, log_of(3000, spike_at=1500), GPT2))
-    marks = [line for line in drawn([run])["Gradient"].lines if line.get_marker() == "v"]
-    assert [line.get_xdata().tolist() for line in marks] == [[1500]]
-    assert marks[0].get_ydata()[0] > 12
-
-
-@pytest.mark.filterwarnings("error")
-def test_several_runs(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib.figure")
-    monkeypatch.chdir(tmp_path)
-    names = ["a/log", "b/log", "we$ird_$name", "_hidden", "long" * 20, "6", "7", "8", "9"]
-    folders = [write(Path(name), log_of(30), GPT2) for name in names]
-    with open(folders[1] / "log.txt", "a") as f:
-        f.write("torn li\n31 tr\n")
-    status, out, err = typed(capsys, *folders, "-o", tmp_path / "all.png")
-    assert status == 0 and (tmp_path / "all.png").stat().st_size > 10000
-    assert [row.split()[0] for row in out.splitlines()[1:-1]] == names
-    assert err == "warning: b/log: skipped lines that are not `step stream number`: 2\n"
-    assert not (folders[0] / "curves.png").exists()
-    legend = drawn([plot.read_log(f) for f in folders])["Loss:"].get_legend()
-    shown = [text.get_text().strip().replace("\\$", "$") for text in legend.texts]
-    assert shown == [name[-40:] for name in names]
-
-
-def test_a_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib.figure")
+def test_failed_write_keeps_the_old_picture(tmp_path, draw, monkeypatch, capsys):
     run = plot.read_log(write(tmp_path, "0 val 3.0\n"))
-    plot.draw([run], tmp_path / "curves.png")
-    before = (tmp_path / "curves.png").read_bytes()
-
-    def full_disk(fd):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(UserError, match="curves.png cannot be written: .*No space left"):
-        plot.draw([run], tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["curves.png", "log.txt"]
+    draw([run])
+    before = (tmp_path / "picture.png").read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(SystemExit):
+        draw([run])
+    assert "picture.png: [Errno 28] disk full" in capsys.readouterr().err
+    assert (tmp_path / "picture.png").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["log.txt", "picture.png"]
 
 
-def test_callers_settings_stay(tmp_path):
-    matplotlib = pytest.importorskip("matplotlib")
-    with matplotlib.rc_context({"axes.titlepad": 31}):
-        before = dict(matplotlib.rcParams)
-        plot.draw([plot.read_log(write(tmp_path, log_of(30), GPT2))], tmp_path / "x.svg")
-        assert dict(matplotlib.rcParams) == before
+def run_command(tmp_path, *args, **env):
+    shutil.copy(ROOT / "plot.py", tmp_path)
+    return subprocess.run([sys.executable, "plot.py", *args], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | env)
+
+
+def test_copied_alone_and_in_a_notebook_shell(tmp_path):
+    pytest.importorskip("matplotlib")
+    write(tmp_path / "log", log_of(19073, spike_at=12000), GPT2)
+    write(tmp_path / "other", log_of(30), GPT2)
+    backend = "module://matplotlib_inline.backend_inline"
+    done = run_command(tmp_path, "log", "other", MPLBACKEND=backend)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[3:] == [
+        "log: gradient norm spikes at step 12,000: 12", "wrote log/curves.png"]
+    assert (tmp_path / "log" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(tmp_path / "log")) == ["config.json", "curves.png", "log.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["log", "other", "plot.py"]
+
+
+@pytest.mark.parametrize("args, message", [
+    (["nothing"], "could not read nothing (No such file"),
+    (["log", "empty"], "log.txt is not a training log"),
+    ([], "required: log"),
+    (["log", "--ou", "x.png"], "unrecognized arguments: --ou"),
+    (["log", "-o", "x.doc"], "could not write x.doc: Format 'doc' is not supported"),
+    (["log", "-o", "no/dir.png"], "could not write no/dir.png")])
+def test_mistake_is_one_line(tmp_path, args, message):
+    pytest.importorskip("matplotlib")
+    write(tmp_path / "log", "0 train 1.0\n")
+    write(tmp_path / "empty", "")
+    done = run_command(tmp_path, *args)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("plot.py: error: ") and message in done.stderr
+    assert os.listdir(tmp_path / "log") == ["log.txt"]
+
+
+def test_import_is_light_and_missing_matplotlib_is_named(tmp_path):
+    write(tmp_path / "log", "0 val 10.9\n")
+    code = ("import sys, plot; assert not {'torch', 'matplotlib'} & set(sys.modules); "
+            "sys.modules['matplotlib'] = None; sys.argv[1:] = ['log']; plot.main()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and "10.9000" in done.stdout
+    assert done.stderr == "plot.py: error: drawing needs matplotlib: pip install matplotlib\n"
