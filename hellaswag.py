@@ -1,27 +1,26 @@
 """
-HellaSwag: which of four endings goes on from a context? Zellers et al. 2019, arXiv 1905.07830.
+HellaSwag: choose the most plausible of four endings (Zellers et al. 2019, arXiv:1905.07830).
 
     python hellaswag.py -m gpt2 -d cuda             # or gpt2-medium, gpt2-large, gpt2-xl
     python hellaswag.py -m log/last.pt --limit 500  # a checkpoint of train_gpt2.py or modern.py
     torchrun --standalone --nproc_per_node=8 hellaswag.py -m gpt2-xl
 
-The data is a .jsonl file, one example a line, of which these keys are read:
-
-    {"ctx": "A man is sitting on a roof. he", "label": 3, "endings": ["is using wrap ...", ...]}
-
-The model picks the ending whose tokens it finds likeliest after the context: `acc` goes by the sum
-of their losses, which favours short endings, and `acc_norm`, the usual number, by the mean. Of the
-10,042 examples OpenAI's weights get 0.2859 and 0.2955 (gpt2), 0.3842 and 0.4893 (gpt2-xl) right.
+The model chooses the ending with the lowest loss after the context. `acc` compares the sum of the
+token losses, which favors short endings; `acc_norm`, the number usually reported, their mean.
+OpenAI's gpt2 gets acc 0.2859 and acc_norm 0.2955 on all 10,042 examples, gpt2-xl 0.3842 and 0.4893.
 """
 
+import argparse
 import contextlib
 import hashlib
+import importlib
 import itertools
 import json
 import os
-import subprocess
 import sys
-from typing import NamedTuple
+from collections import namedtuple
+from pathlib import Path
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep; set before torch loads
 
 import numpy as np
 import torch
@@ -29,139 +28,111 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from plumbing.checkpoint import peek
-from plumbing.errors import UserError, one_line, rank, run_main
-from plumbing.files import HERE, atomic_write
-from plumbing.flags import Parser, not_empty
-from plumbing.tokens import get_tokenizer
-
-# -----------------------------------------------------------------------------
-# The file
-
+HERE = os.path.dirname(os.path.abspath(__file__))
 DATA_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
 KNOWN_FILES = {  # split: (bytes, sha256)
     "val": (12_246_618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588")
 }
-ANSWER_S = 10.0  # longest silence of the server, seconds
+REQUEST_TIMEOUT_S = 10.0
 
 
 def data_file(split="val"):
-    """Where the file of a split ('train', 'val' or 'test') is, or will be once it is fetched."""
-    own = os.environ.get("HELLASWAG_FILE")  # the user's, to be used as it is
-    return own or os.path.join(HERE, "hellaswag", f"hellaswag_{split}.jsonl")
+    """Return the path of the file of a split ('train', 'val', 'test'), which may not exist yet."""
+    return os.environ.get("HELLASWAG_FILE") or f"{HERE}/hellaswag/hellaswag_{split}.jsonl"
 
 
 def download(split="val", path=None, url=None):
-    """The path of a split's file, fetched first where it is missing or broken: from `url`, else
-    HELLASWAG_URL in the environment, else the authors' repository. Raises UserError. It is for one
-    process of a machine, while the others wait."""
-    if path is None and os.environ.get("HELLASWAG_FILE"):
-        return data_file(split)
+    """Return the path of a split's file, downloading a missing or damaged one first.
+
+    Call this in one process per machine. A file that HELLASWAG_FILE names is used unchecked.
+    """
     path = path or data_file(split)
     url = url or os.environ.get("HELLASWAG_URL") or DATA_URL.format(split)
-    try:
-        if os.path.exists(path):
-            with open(path, "rb") as f:
-                if is_right(f.read(), split):
-                    return path
-        import requests
-        answer = requests.get(url, timeout=ANSWER_S)
-        answer.raise_for_status()
-        if not is_right(answer.content, split):
-            raise OSError(f"it sent another file, {len(answer.content):,} bytes")
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        # Nodes that share a disk may fetch at once, so each writes under a name of its own.
-        fetched = f"{path}.{os.urandom(4).hex()}"
-        with atomic_write(fetched) as f:
-            f.write(answer.content)
-        os.replace(fetched, path)
+    if path == os.environ.get("HELLASWAG_FILE"):
         return path
-    except OSError as e:  # what requests raises is an OSError too
-        raise UserError(f"HellaSwag's file {path} is missing or damaged and could not be fetched "
-                        f"from {url} ({one_line(e)}); fetch it elsewhere and put it there") from e
+    try:
+        if os.path.exists(path) and is_expected(Path(path).read_bytes(), split):
+            return path
+        import requests
+        response = requests.get(url, timeout=REQUEST_TIMEOUT_S)
+        response.raise_for_status()
+        if not is_expected(response.content, split):
+            raise OSError(f"unexpected content, {len(response.content):,} bytes")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        tmp = f"{path}.{os.urandom(4).hex()}.tmp"  # nodes may download to one disk at the same time
+        Path(tmp).write_bytes(response.content)
+        os.replace(tmp, path)
+    except OSError as e:  # includes the errors of requests
+        raise OSError(f"could not download HellaSwag from {url} to {path} ({type(e).__name__}: {e})"
+                      "; download the file elsewhere and copy it there") from e
+    return path
 
 
-def is_right(content, split):
-    """Whether these bytes are the file of a split, as far as it is known."""
+def is_expected(content, split):
+    """Return whether `content` (bytes) has the split's size and hash, if they are known."""
     found = len(content), hashlib.sha256(content).hexdigest()
     return bool(content) and found == KNOWN_FILES.get(split, found)
 
 
 def iterate_examples(split, path=None):
-    """The examples of a split as dicts, in the file's order. Raises UserError naming the line."""
+    """Yield the examples of a split as dicts. Raises OSError, or ValueError naming the line."""
     path = path or download(split)
-    try:
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield parse_line(line, f"{path}, line {number}", split)
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror or e}") from e
-
-
-def parse_line(line, place, split):
-    """One line of the file (bytes) as a checked dict; the test split has no labels."""
-    try:
-        example = json.loads(line)
-        texts = [example["ctx"], *example["endings"]]
-        label = 0 if split == "test" else example["label"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{place} is damaged or no HellaSwag example; replace the file") from e
-    if not texts[0] or [type(t) for t in texts] != [str] * 5 or label not in range(4):
-        raise UserError(f"{place} must have a context, four endings and a label from 0 to 3")
-    return example
-
-
-# -----------------------------------------------------------------------------
-# From text to tokens, and the four endings into one row
-
-
-class Example(NamedTuple):
-    """One example as `pack` lays it out, in a row of T tokens."""
-
-    tokens: np.ndarray  # (T,) ids
-    segment: np.ndarray  # (T,) 0 in the context, 1..4 in an ending
-    position: np.ndarray  # (T,) what the model is told: each ending starts behind the context
-    target: np.ndarray  # (T, 4) the id that ending k has next, -1 where it has none here
-    label: int
-    cropped: bool  # something was cut off to fit the model's block size
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                example = json.loads(line)
+                texts = [example["ctx"], *example["endings"]]
+                label = 0 if split == "test" else example["label"]  # the test split has no labels
+                valid = texts[0] and [type(t) for t in texts] == [str] * 5 and label in range(4)
+            except (ValueError, KeyError, TypeError):
+                valid = False
+            if not valid:
+                raise ValueError(f"{path}, line {number}: not a HellaSwag example; replace the file")
+            yield example
 
 
 def encode_texts(example, encode):
-    """(context ids, four lists of ending ids)."""
-    # GPT-2's tokens hold the space before a word, and an ending goes on in mid-sentence: without
-    # the space its first word would be another token, one that begins a text.
-    endings = [encode(" " + ending) for ending in example["endings"]]
-    return [int(i) for i in encode(example["ctx"])], [[int(i) for i in e] for e in endings]
+    """Return token ids of context and endings. GPT-2's tokens include the space before a word."""
+    return list(encode(example["ctx"])), [list(encode(" " + e)) for e in example["endings"]]
 
 
 def render_example(example, encode=None):
-    """An example as four rows, context and ending, padded with id 0 on the right, N long: (data,
-    tokens (4, N) int64, mask (4, N) int64 with 1 on ending tokens, label). data is a dict of label,
-    ctx_tokens and ending_tokens. `encode`, text to ids, defaults to GPT-2's."""
-    context, endings = encode_texts(example, encode or get_tokenizer("gpt2").encode)
-    tokens = pad_sequence([torch.tensor(context + e) for e in endings], True)
-    mask = pad_sequence([torch.tensor([0] * len(context) + [1] * len(e)) for e in endings], True)
+    """Return data, tokens (4, N), mask (4, N) and label as in the lecture. encode: text -> ids."""
+    if encode is None:
+        import tiktoken
+        encode = tiktoken.get_encoding("gpt2").encode_ordinary
+    context, endings = encode_texts(example, encode)
+    tokens = pad_sequence([torch.tensor(context + e).long() for e in endings], batch_first=True)
+    mask = pad_sequence([torch.tensor([0] * len(context) + [1] * len(e)) for e in endings],
+                        batch_first=True)
     data = {"label": example.get("label"), "ctx_tokens": context, "ending_tokens": endings}
     return data, tokens, mask, data["label"]
 
 
-def pack(context, endings, label, cropped=False):
-    """Lay an example out in one row, so that the four endings share the work on their context. The
-    last token of an ending is predicted and predicts nothing, so it has no place. Context A B with
-    endings C D, E, F G H and I J (T = 6):
+# A packed example. tokens, segment, position: (T,). target: (T, 4), -1 = none. T may exceed the
+# model's block size, the positions do not. cropped: truncated to fit it.
+Example = namedtuple("Example", "tokens segment position target label cropped")
 
-        tokens    A  B  C  F  G  I       The last context token predicts how each ending starts;
-        segment   0  0  1  3  3  4       C, what follows it in its own ending. F may attend to
-        position  0  1  2  2  3  2       A, B and itself, and not to C, which another ending says
-        target    .  C  D  .  .  .       at the same position 2.
+
+def pack(context, endings, label, cropped=False):
+    """Pack an example into one sequence, so that the context is computed once for four endings.
+
+    The last token of an ending is only a target, so it is left out. Context A B with endings C D,
+    E, F G H and I J (T = 6):
+
+        tokens    A  B  C  F  G  I       The last context token predicts the first token of each
+        segment   0  0  1  3  3  4       ending, and C predicts the next token of its own ending.
+        position  0  1  2  2  3  2       F attends to A, B and itself, but not to C, which belongs
+        target    .  C  D  .  .  .       to another ending at the same position 2.
                   .  E  .  .  .  .
                   .  F  .  G  H  .
                   .  I  .  .  .  J
     """
-    assert context and all(endings), "the model must have read a token before it predicts one"
+    assert context and all(endings), "the first prediction needs a token before it"
     n, endings = len(context), [tuple(e) for e in endings]
-    # Endings with equal tokens share a segment: their losses are equal to the last bit, and a tie.
+    # Equal endings share a segment, so their losses are bit-equal: an exact tie.
     distinct = list(dict.fromkeys(endings))
     lengths = [n] + [len(e) - 1 for e in distinct]
     segment = np.repeat(np.arange(len(lengths), dtype=np.int8), lengths)
@@ -174,169 +145,146 @@ def pack(context, endings, label, cropped=False):
     return Example(tokens, segment, position, target, label, cropped)
 
 
-def prepare(example, block_size, encode):
-    """An Example from a dict of iterate_examples, cut on the left to fit block_size tokens."""
-    context, endings = encode_texts(example, encode)
-    # What stands next to the choice matters most, so the end of the context stays, the same for all
-    # four endings. Only where one token of it is all that is left, an ending is cut too.
-    cut = [e[-(block_size - 1) :] for e in endings]
-    cut_context = context[-(block_size - max(len(e) for e in cut)) :]
-    return pack(cut_context, cut, example["label"], (cut_context, cut) != (context, endings))
-
-
 def load_examples(path, n, block_size, encode):
-    """The first n examples of a file (all of them where n is None) as a list of Example."""
-    examples = itertools.islice(iterate_examples("val", path), n)
-    examples = [prepare(e, block_size, encode) for e in examples]
+    """Load, encode and pack the first n examples (None = all), truncated to block_size tokens."""
+    examples = []
+    for example in itertools.islice(iterate_examples("val", path), n):
+        context, endings = encode_texts(example, encode)
+        # Truncate on the left, the context first, and keep at least one token of it.
+        short_endings = [e[1 - block_size :] for e in endings]
+        short_context = context[max(map(len, short_endings)) - block_size :]
+        cropped = (short_context, short_endings) != (context, endings)
+        examples.append(pack(short_context, short_endings, example["label"], cropped))
     if not examples:
-        raise UserError(f"{path} holds no examples; name another file")
+        raise ValueError(f"{path} contains no examples; use another file")
     return examples
 
 
-# -----------------------------------------------------------------------------
-# Scoring
-
-BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}  # padded, in a forward pass; mps goes with cuda
-HEAD_ROWS = {"cpu": 128, "cuda": 1024}  # rows of logits alive at once: 200 KB each in float32
+BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}  # per forward pass, padding included; mps uses cuda's
+# Counts on one rank. correct: by the sum of token losses (acc), correct_norm: by the mean.
+Result = namedtuple("Result", "correct correct_norm total cropped")
 
 
-class Result(NamedTuple):
-    """Exact counts over the examples of one rank; add them up over the ranks for the scores."""
-
-    correct: int  # by the smallest sum of losses: acc
-    correct_norm: int  # by the smallest mean loss per ending token: acc_norm
-    total: int
-    cropped: int
-
-
-@torch.no_grad()  # not inference_mode, whose tensors must not get into a training graph
+# Not inference_mode: tensors that a model caches during evaluation must remain usable in training.
+@torch.no_grad()
 def score_batch(model, examples, device):
-    """(sum, mean) of the cross-entropy of each ending's tokens, in nats: two (B, 4) float64 tensors
-    on the CPU. Rows may be longer than the model's block size, though no position is."""
-    # Side by side, padded on the right (there with a segment of its own): (B, T), target (B, T, 4).
+    """Return sum and mean of each ending's token losses in nats: two (B, 4) float64 CPU tensors."""
+    # Pad on the right to (B, T), target to (B, T, 4). Padding is a segment of its own.
     padding = {"tokens": 0, "segment": 5, "position": 0, "target": -1}
-    rows = {field: [torch.from_numpy(getattr(e, field)) for e in examples] for field in padding}
+    fields = {name: [torch.from_numpy(getattr(e, name)) for e in examples] for name in padding}
     tokens, segment, position, target = (
-        pad_sequence(rows[f], True, p).long().to(device) for f, p in padding.items())
+        pad_sequence(fields[name], batch_first=True, padding_value=value).long().to(device)
+        for name, value in padding.items())
 
-    # The mask keeps the endings apart that stand side by side in one row. Each token may attend to
-    # the context, as every ending follows it, and to its own ending; never to another ending, and
-    # as in training never to what comes later (tril). So each ending meets exactly what it would
-    # meet alone, and its loss is the same.
+    # A token attends to the context and to its own ending, never to another ending or to a later
+    # token (tril). Every ending sees the same tokens as in a sequence of its own, so its loss is
+    # the same, but the context is computed only once.
     key, query = segment[:, None, None, :], segment[:, None, :, None]
     mask = ((key == 0) | (key == query)).tril()  # (B, 1, T, T), True = may attend
-    hidden = model.hidden(tokens, position, mask)  # (B, T, C)
+    hidden_states = model.hidden_states(tokens, position, mask)  # (B, T, C)
 
-    # Only where an ending's token comes next are logits needed: at P places of the B * T.
+    # Compute logits only at the P of B * T positions that have a target.
     counts = (target >= 0).sum(dim=1).cpu()  # (B, 4)
-    row, column = (target >= 0).any(dim=-1).nonzero(as_tuple=True)
-    hidden, target = hidden[row, column], target[row, column]  # (P, C), (P, 4)
-    size = HEAD_ROWS.get(hidden.device.type, HEAD_ROWS["cuda"])
+    sequence, t = (target >= 0).any(dim=-1).nonzero(as_tuple=True)
+    hidden_states, target = hidden_states[sequence, t], target[sequence, t]  # (P, C), (P, 4)
+    size = 128 if hidden_states.device.type == "cpu" else 1024  # logits take 200 KB per position
     losses = []
-    for h, ids in zip(hidden.split(size), target.split(size), strict=True):
+    for h, ids in zip(hidden_states.split(size), target.split(size), strict=True):
         log_p = F.log_softmax(model.logits(h).float(), dim=-1)
         losses.append(-log_p.gather(1, ids.clamp(min=0)))
-    # Added up in float64: where each token costs the same, endings of any length tie exactly.
+    # Sum in float64, so that endings of any length with equal token losses tie exactly.
     loss = torch.cat(losses).cpu().double().masked_fill(target.cpu() < 0, 0.0)
-    sums = torch.zeros(len(tokens), 4, dtype=torch.float64).index_add_(0, row.cpu(), loss)
+    sums = torch.zeros(len(tokens), 4, dtype=torch.float64).index_add_(0, sequence.cpu(), loss)
     return sums, sums / counts
 
 
-def shares(examples, rank, world_size, batch_tokens):
-    """Yield this rank's list of examples for one batch after another."""
-    # Of similar length, for little padding; the longest first, for too little memory shows at once.
+def rank_batches(examples, rank, world_size, batch_tokens):
+    """Yield one rank's batches, lists of examples: equally many on all ranks, some may be empty."""
+    # Sort by length for little padding, longest first so that an out-of-memory error comes at once.
     examples = sorted(examples, key=lambda e: -len(e.tokens))
     start = 0
     while start < len(examples):
-        # All ranks cut the same list into the same rounds and take every world_size-th example of
-        # each. So they make equally many batches, the last one possibly empty, and may meet in a
-        # collective after each; and every example belongs to one rank.
         stop = start + world_size * max(1, batch_tokens // len(examples[start].tokens))
         yield examples[start:stop][rank::world_size]
         start = stop
 
 
-def evaluate(model, examples, device, rank=0, world_size=1, between=None, progress=False):
-    """Score this rank's share of `examples`, of which all ranks hold the same list: a Result.
-    `between()` is called after each batch, equally often on all ranks, so it may be a collective;
-    what it raises ends the evaluation. `progress` shows a bar on a terminal."""
-    result = np.zeros(4, dtype=np.int64)
+def evaluate(model, examples, device, rank=0, world_size=1, on_batch_end=None, progress=False):
+    """Score this rank's part of `examples`, the same list on all ranks. Returns a Result.
+
+    on_batch_end() is called equally often on all ranks, so it may be a collective.
+    """
+    counts = np.zeros(4, dtype=np.int64)
     size = BATCH_TOKENS.get(torch.device(device).type, BATCH_TOKENS["cuda"])
-    batches = list(shares(examples, rank, world_size, size))
+    batches = list(rank_batches(examples, rank, world_size, size))
     was_training = model.training
     model.eval()
     try:
-        for share in tqdm(batches, disable=None if progress else True):
-            if share:
-                losses = score_batch(model, share, device)
-                label = torch.tensor([e.label for e in share])
-                right = [int((x.argmin(dim=1) == label).sum()) for x in losses]
-                result += [*right, len(share), sum(e.cropped for e in share)]
-            if between is not None:
-                between()
+        for batch in tqdm(batches, disable=None if progress else True):
+            if batch:
+                losses = score_batch(model, batch, device)
+                label = torch.tensor([e.label for e in batch])
+                correct = [int((x.argmin(dim=1) == label).sum()) for x in losses]
+                counts += [*correct, len(batch), sum(e.cropped for e in batch)]
+            if on_batch_end is not None:
+                on_batch_end()
     finally:
         model.train(was_training)
-    return Result(*result.tolist())
+    return Result(*counts.tolist())
 
 
 def show_examples(model, examples, device, decode, n=4):
-    """Print the first n examples with the mean loss of each ending. decode: ids to text."""
-    print("mean loss of each ending in nats per token; = the right one, > the choice", flush=True)
+    """Print the first n examples with the mean loss of each ending. decode: ids -> text."""
+    print("mean loss per token of each ending, in nats (= correct, > chosen)")
     for number, example in enumerate(examples[:n], 1):
         means = score_batch(model, [example], device)[1][0]
-        print(f"example {number}: {decode(example.tokens[example.segment == 0])}", flush=True)
+        print(f"example {number}: {decode(example.tokens[example.segment == 0].tolist())}")
         for k, (loss, ids) in enumerate(zip(means, example.target.T, strict=True)):
             marks = ("=" if k == example.label else " ") + (">" if k == means.argmin() else " ")
-            print(f"  {marks} {loss:7.4f} {decode(ids[ids >= 0])}")
+            print(f"  {marks} {loss:7.4f} {decode(ids[ids >= 0].tolist())}")
 
 
 def score_lines(correct, correct_norm, total):
-    """Two lines such as 'acc: 2871/10042=0.2859 +- 0.0045', with the standard error."""
+    """Return two lines such as 'acc: 2871/10042=0.2859 +- 0.0045', with the standard error."""
     return [f"{name}: {n}/{total}={n / total:.4f} +- {(n * (total - n) / total**3) ** 0.5:.4f}"
             for name, n in (("acc", correct), ("acc_norm", correct_norm))]
 
 
-# -----------------------------------------------------------------------------
-# The command: it checks what it can, and the trainer does the rest
+def main(argv=None):
+    """Evaluate a model on HellaSwag with the script that trained it. Returns the exit status."""
+    import train_gpt2
+    def fail(message):
+        raise train_gpt2.UserError(message)
 
-
-def score(argv=None):
-    """Score the model that the command line names. Returns the exit status."""
-    parser = Parser("Score a GPT-2 on HellaSwag: how often it prefers the right one of 4 endings.")
+    parser = argparse.ArgumentParser(description="Score a model on HellaSwag.", allow_abbrev=False)
+    parser.error = fail
     add = parser.add_argument
-    add("-m", "--model_type", type=not_empty, default="gpt2", metavar="MODEL",
-        help="gpt2 (the default), gpt2-medium, gpt2-large, gpt2-xl, or a checkpoint's path")
-    add("-d", "--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the best)")
-    add("--limit", type=int, metavar="N", default=10042,
-        help="score the first N examples (default: 10042, all of HellaSwag)")
-    add("--data_file", type=not_empty, metavar="FILE", help="a .jsonl file like HellaSwag's "
-        "(default: hellaswag/hellaswag_val.jsonl beside this script, 12 MB, fetched once)")
+    add("-m", "--model_type", default="gpt2", help="gpt2[-medium|-large|-xl] or a checkpoint file")
+    add("-d", "--device", default="auto", help="cuda, cuda:i, mps or cpu (default: auto)")
+    add("--limit", type=int, default=10042, metavar="N", help="first N examples (default: all)")
+    add("--data_file", metavar="FILE", help=".jsonl file (default: downloaded once, 12 MB)")
     args = parser.parse_args(argv)
     if args.limit < 1:
-        raise UserError(f"--limit {args.limit}: must be at least 1")
-    facts = {"arch": "gpt2", "tokenizer": "gpt2"}
-    # No file, a damaged one, one of Hugging Face's or build-nanogpt's: the trainer finds out.
-    with contextlib.suppress(Exception):
-        facts |= peek(args.model_type)
-    if facts["tokenizer"] != "gpt2":
-        raise UserError(f"{args.model_type} knows {facts['tokenizer']} and not GPT-2's vocabulary, "
-                        "which HellaSwag is scored on; train one with it")
-    get_tokenizer("gpt2")
+        fail(f"--limit {args.limit}: must be at least 1")
+    checkpoint = {}
+    with contextlib.suppress(Exception):  # train_gpt2.main reports what is wrong with the file
+        checkpoint = train_gpt2.peek_checkpoint(args.model_type)
+    if checkpoint.get("tokenizer") == "bytes":
+        fail(f"{args.model_type} was trained on byte tokens; HellaSwag needs GPT-2's tokens")
+    arch = checkpoint.get("arch") or "gpt2"
+    module = "train_gpt2" if arch == "gpt2" else str(arch)
+    if not module.isidentifier() or not os.path.isfile(os.path.join(HERE, f"{module}.py")):
+        fail(f"{args.model_type} needs {module}.py, which is not in {HERE}; copy it there")
     if args.data_file:
-        os.environ["HELLASWAG_FILE"] = args.data_file  # there the trainer finds it
-    if rank("LOCAL_RANK") == 0:  # the trainer's other processes wait for this one
-        next(iterate_examples("val", download("val")), None)
-    script = os.path.join(HERE, f"{facts['arch']}.py")  # modern.py, or one of the reader's own
-    if not str(facts["arch"]).isidentifier() or not os.path.isfile(script):
-        script = os.path.join(HERE, "train_gpt2.py")  # which names the one that is wanted
-    command = [sys.executable, script, "--init", args.model_type]
-    command += ["--device", args.device, "--hellaswag", str(args.limit), "--preset", "gpt2"]
-    command += ["--eval_only", "--val_tokens", "0", "--num_samples", "0", "--dtype", "float32"]
-    # In place of this process, not below it: signals and torchrun then reach the trainer itself.
-    if os.name == "posix":
-        os.execv(command[0], command)
-    return subprocess.call(command)
+        os.environ["HELLASWAG_FILE"] = args.data_file  # the trainer calls data_file()
+    flags = "--preset gpt2 --eval_only --val_tokens 0 --num_samples 0 --dtype float32".split()
+    return importlib.import_module(module).main([
+        "--init", args.model_type, "--device", args.device, "--hellaswag", str(args.limit), *flags])
 
 
 if __name__ == "__main__":
-    run_main("hellaswag.py", score)
+    if not os.path.isfile(os.path.join(HERE, "train_gpt2.py")):
+        print(f"hellaswag.py: error: train_gpt2.py is not in {HERE}; copy it there", file=sys.stderr)
+        sys.exit(2)
+    import train_gpt2
+    train_gpt2.run_script("hellaswag.py", main)

@@ -1,26 +1,50 @@
 """
-Reproduce GPT-2 (124M): the model, the data loader and the training loop in one file.
+Reproduce GPT-2 (124M): model, data loader, training loop and evaluation in one file.
 
-    python train_gpt2.py                                      # one GPU, or a smoke run anywhere
+    python train_gpt2.py                                      # one GPU; a smoke run on a CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    # 8 GPUs
-    python train_gpt2.py --init log/last.pt --eval_only --prompt "The sea" --sample_length 200
+    python train_gpt2.py --init log/last.pt --eval_only --prompt "The sea"
 
-In the line of build-nanogpt, with its names and its numbers. Two ideas carry what is added: `step`
-counts completed updates everywhere, and the batch of a step is a function of that step alone. So a
-run can be stopped, resumed, moved to another number of processes or inspected, and nothing but the
-step has to be remembered to know which tokens come next.
+Based on build-nanogpt, with the same names and hyperparameters. `step` counts completed optimizer updates. A
+batch depends only on step, seed and data, so resuming, changing the world size and inspecting batches need no
+saved loader state.
 
-Read it from the top: flags, model and optimizers, loss, schedule, data, evaluation, one step, the
-loop, setting up, main. What you need not read to learn how GPT-2 is trained (files, processes, the
-parsing of flags) is in plumbing/. The sequel, a later model for the same trainer, is modern.py.
+Part 1 follows the lecture from top to bottom: flags, model, learning rate, data, evaluation, one optimizer
+step, the training loop. Part 2 is the machinery around it: distributed setup, checkpoints, tokenizer, log
+files, errors and main(). modern.py trains a newer architecture with this trainer.
 """
 
+import argparse
+import bisect
 import contextlib
+import ctypes
+import difflib
+import errno
+import functools
+import glob
+import hashlib
+import importlib.util
+import itertools
+import json
 import math
 import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass, fields, replace
+import traceback
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from typing import NamedTuple
+
+# Idle OpenMP threads spin by default, which slows down a machine shared with other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
@@ -28,22 +52,21 @@ import torch.distributed
 import torch.nn as nn
 from torch.nn import functional as F
 
-import hellaswag
-from plumbing import checkpoint, hardware, machine, tokens
-from plumbing.checks import (
-    check_apple, check_batch, check_memory, choose_preset, encode_prompt, needs_data, open_tokens,
-    what_next,
-)
-from plumbing.errors import RunError, UserError, one_line, optional_import, run_main, say, warn
-from plumbing.files import HERE
-from plumbing.flags import Parser, add_flags, check_ranges, flag, settle
-from plumbing.machine import Stopped, StopFlag
-from plumbing.reporter import open_reporter
+try:
+    import hellaswag
+except ModuleNotFoundError as e:  # optional: without hellaswag.py that evaluation is off
+    hellaswag, hellaswag_import_error = None, e
 
-SHARDS = os.path.join(HERE, "edu_fineweb10B")
+HERE = os.path.dirname(os.path.abspath(__file__))
+SHARDS_DIR = os.path.join(HERE, "edu_fineweb10B")
+SMOKE_TEXT = os.path.join(HERE, "input.txt")
+
+# =============================================================================
+# Part 1: the lecture
+# =============================================================================
 
 # -----------------------------------------------------------------------------
-# Flags: one field each, with its default, its meaning and its range
+# Command-line flags. A flag's group determines whether --resume may change it.
 
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
@@ -51,142 +74,106 @@ GPT2_SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
-MAX_LR = dict(zip(GPT2_SIZES, (6e-4, 3e-4, 2.5e-4, 2e-4), strict=True))  # GPT-3 paper, table 2.1
-# Small enough for any laptop, its text comes with the project, and in float32 all see one result.
-SMOKE = dict(n_layer=4, n_head=4, n_embd=128, block_size=256, T=128, total_batch_size=512,
-             max_lr=2e-3, warmup_steps=10, max_steps=100, eval_every=25, val_tokens=4096,
-             hellaswag=0, dtype="float32", data=os.path.join(HERE, "input.txt"))
-PRESETS = {name: size | dict(max_lr=MAX_LR[name]) for name, size in GPT2_SIZES.items()}
-PRESETS["smoke"] = SMOKE
-
-# The group of a flag is its rule on a resume.
-FLAG_GROUPS = {
-    "common": "the dozen that most people need; the [group] says what a resume does with it",
-    "model": "model: the mathematics of the run, which a resume keeps",
-    "data order": "data order: kept by a resume too",
-    "optimization": "optimization: kept by a resume too",
-    "machine": "machine: may change on a resume",
-    "evaluation": "evaluation: may change on a resume",
-    "files": "files: may change on a resume",
-    "command": "command: of this call alone, never remembered",
-}
+MAX_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}  # GPT-3 paper, table 2.1
+# Runs on a laptop CPU with bundled text. float32 keeps results comparable across CPUs.
+SMOKE = dict(n_layer=4, n_head=4, n_embd=128, block_size=256, T=128, total_batch_size=512, max_lr=1.5e-3,
+             warmup_steps=20, max_steps=100, eval_every=25, val_tokens=4096, hellaswag=0, dtype="float32",
+             data=SMOKE_TEXT)
+PRESETS = {name: size | dict(max_lr=MAX_LR[name]) for name, size in GPT2_SIZES.items()} | {"smoke": SMOKE}
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Every setting of a run. None, auto and --B 0: decided at start-up, as the text says."""
-
-    # the dozen that most people type
-    preset: str = flag("command", "auto", "sizes and learning rate; auto = gpt2 where there are a "
-                       "GPU and shards, smoke on a CPU", choices=("auto", *PRESETS), common=True)
-    data: str = flag("files", "", "folder of shards, or a text file", common=True,
-                     shown="edu_fineweb10B beside this script; smoke: input.txt")
-    init: str = flag("command", "scratch", "gpt2, gpt2-medium, gpt2-large or gpt2-xl from Hugging "
-                     "Face, or a checkpoint's path: its weights and shape only", common=True)
-    B: int = flag("machine", 0, "rows per micro-step and process; 0 = on CUDA the largest power of "
-                  "two up to 64 that fits, elsewhere up to 4", ge=0, common=True)
-    max_steps: int = flag("optimization", 19073, "steps of the run", ge=1, common=True)
-    max_lr: float = flag("optimization", 6e-4, "peak learning rate", gt=0, common=True)
-    device: str = flag("command", "auto", "cuda, cuda:1, mps or cpu", common=True)
-    log_dir: str = flag("command", "log", "folder of the run's files", common=True)
-    resume: bool = flag("command", False, "go on from the newest good checkpoint in log_dir, or "
-                        "start", common=True)
-    eval_only: bool = flag("command", False, "evaluate and sample what --init or --resume loads, "
-                           "then stop", common=True)
-    prompt: str = flag("evaluation", "Hello, I'm a language model,", "text to continue, - = read "
-                       "stdin", common=True)
-    sample_length: int = flag("evaluation", None, "tokens per sample, with the prompt", ge=1,
-                              shown="32; 128 where tokens are bytes", common=True)
-
-    # the shape of the model
-    n_layer: int = flag("model", 12, "transformer blocks", ge=1)
-    n_head: int = flag("model", 12, "attention heads; divides n_embd", ge=1)
-    n_embd: int = flag("model", 768, "width of the residual stream", ge=1)
-    block_size: int = flag("model", 1024, "longest context in tokens", ge=1)
-    vocab_size: int = flag("model", 50304, "rows of the embedding, 50257 and padding", ge=1)
-    pos: str = flag("model", "learned", "position encoding", choices=("learned", "rope"))
-    mlp: str = flag("model", "gelu", "feed-forward layer", choices=("gelu", "swiglu"))
-    norm: str = flag("model", "layernorm", "normalization", choices=("layernorm", "rmsnorm"))
-
-    # which tokens a step reads, and in which order
-    T: int = flag("data order", 1024, "tokens per row, at most block_size", ge=1)
-    total_batch_size: int = flag("data order", 524288, "tokens per step over all processes", ge=1)
-    shuffle: str = flag("data order", "none", "order of the windows: as they come, or a new "
-                        "permutation each epoch", choices=("none", "windows"))
-    seed: int = flag("data order", 1337, "of the initial weights and of --shuffle", ge=0)
-
-    # how it learns from them
-    min_lr: float = flag("optimization", None, "final learning rate", ge=0, shown="max_lr / 10")
-    warmup_steps: int = flag("optimization", 715, "steps of linear warm-up", ge=0)
-    weight_decay: float = flag("optimization", 0.1, "of matrices and embeddings", ge=0)
-    grad_clip: float = flag("optimization", 1.0, "largest gradient norm, 0 = no limit", ge=0)
-    optimizer: str = flag("optimization", "adamw", "muon: Muon for the matrices in the blocks, "
-                          "AdamW for the rest", choices=("adamw", "muon"))
-    dtype: str = flag("optimization", "auto", "of autocast; auto = bfloat16 where the device does "
-                      "it well, float16 on older GPUs, else float32",
-                      choices=("auto", "bfloat16", "float16", "float32"))
-
-    # on what it runs: none of this changes the result but in the last digits
-    compile: bool = flag("machine", None, "torch.compile the training step", shown="on for CUDA")
-    zero: bool = flag("machine", False, "shard the optimizer state over the processes")
-
-    # what is looked at on the way
-    eval_every: int = flag("evaluation", 250, "steps between evaluations; also at step 0 and at "
-                           "the end", ge=1)
-    val_tokens: int = flag("evaluation", None, "tokens per validation, 0 = off", ge=0,
-                           shown="10485760, on a CPU 65536")
-    hellaswag: int = flag("evaluation", None, "HellaSwag examples per evaluation, 0 = off", ge=0,
-                          shown="10042, on a CPU 0")
-    num_samples: int = flag("evaluation", 4, "samples per evaluation, 0 = off", ge=0, le=10**4)
-    top_k: int = flag("evaluation", 50, "sample among the k likeliest tokens, 0 = all", ge=0)
-    temperature: float = flag("evaluation", 1.0, "of sampling, 0 = greedy", ge=0)
-
-    # what is written
-    save_every: int = flag("files", 1000, "steps between writes of last.pt, 0 = at the end only",
-                           ge=0)
-    checkpoint_every: int = flag("files", 5000, "steps between kept model_{step:05d}.pt, 0 = at "
-                                 "the end only", ge=0)
-    wandb: str = flag("files", "", "also log to this project of Weights & Biases", empty=True)
-
-    # what a call does in place of training
-    export_hf: str = flag("command", "", "write the weights to this folder for Hugging Face, then "
-                          "stop")
-    inspect: int = flag("command", None, "print what this step reads and its text, then stop", ge=0,
-                        le=10**9, shown="")
-
-    def __post_init__(self):
-        check_ranges(self)
-        if self.min_lr is None:
-            object.__setattr__(self, "min_lr", self.max_lr / 10)
-        if self.min_lr > self.max_lr:
-            raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}")
-        if self.n_embd % self.n_head:
-            raise UserError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}")
-        if self.pos == "rope" and self.n_embd // self.n_head % 2:
-            raise UserError("--pos rope needs an even n_embd / n_head")
-        if self.T > self.block_size:
-            raise UserError(f"--T {self.T} is beyond --block_size {self.block_size}: lower T or "
-                            "raise block_size")
+# The defaults are GPT-3's: batches of 0.5M tokens, warm-up over 375M tokens, cosine decay to 10% of the peak,
+# weight decay 0.1 and clipping at 1.0. max_steps is 10e9 tokens / 2**19 tokens per step.
 
 
-def parse_flags(argv, model_class):
-    """The flags that were typed, as a dict; the rest is left to a checkpoint or a preset."""
-    about = (sys.modules[model_class.__module__].__doc__ or "").strip()  # python -OO has none
-    parser = Parser("\n\n".join(about.split("\n\n")[:2]))
-    add_flags(parser, TrainConfig, FLAG_GROUPS, defaults=model_class.presets["gpt2"],
-              leave_out=model_class.not_flags)
-    return vars(parser.parse_args(argv))
+def build_parser(model_class):
+    """Build the parser. Defaults come from the "gpt2" preset of model_class."""
+    docs = (sys.modules[model_class.__module__].__doc__ or "").strip().split("\n\n")  # None under python -OO
+    parser = FlagParser("\n\n".join(docs[:2]), model_class.presets["gpt2"], model_class.unsupported_flags)
+    on_off = argparse.BooleanOptionalAction
+
+    add = parser.add_group("command", "for this call only, not restored by --resume")
+    add("preset", str, "auto", "model size and learning rate; auto: smoke on a CPU; on a GPU gpt2 with "
+        "shards, --data, --resume or several ranks, else smoke", choices=("auto", *model_class.presets))
+    add("init", nonempty, "scratch", "initial weights: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl "
+        "(Hugging Face), or the path of a checkpoint")
+    add("device", nonempty, "auto", "cuda, cuda:1, mps or cpu; auto: the first of cuda, mps and cpu")
+    add("log_dir", nonempty, default_log_dir(model_class.arch), "directory for log, checkpoints and curves")
+    add("resume", None, False, "resume from the latest valid checkpoint in --log_dir; start fresh if there "
+        "is none", shown="", action="store_true")
+    add("eval_only", None, False, "evaluate the weights of --init or --resume, print samples, then exit",
+        shown="", action="store_true")
+    add("export_hf", nonempty, None, "export the weights to this directory in Hugging Face format, then exit",
+        shown="", metavar="DIR")
+    add("inspect", nonnegative_int, None, "print the shards, offsets and text of this step, then exit",
+        shown="", metavar="STEP")
+
+    add = parser.add_group("model", "fixed by the checkpoint on --resume")
+    add("n_layer", positive_int, 12, "number of transformer blocks")
+    add("n_head", positive_int, 12, "attention heads per block; must divide n_embd")
+    add("n_embd", positive_int, 768, "width of the residual stream")
+    add("block_size", positive_int, 1024, "maximum context length in tokens")
+    add("vocab_size", positive_int, 50304, "vocabulary size, 50257 padded to a multiple of 128")
+    add("pos", str, "learned", "position encoding", choices=("learned", "rope"))
+    add("mlp", str, "gelu", "MLP activation", choices=("gelu", "swiglu"))
+    add("norm", str, "layernorm", "normalization layer", choices=("layernorm", "rmsnorm"))
+
+    add = parser.add_group("data order", "fixed by the checkpoint on --resume")
+    add("T", positive_int, 1024, "sequence length in tokens, at most block_size")
+    add("total_batch_size", positive_int, 524288, "tokens per optimizer step over all ranks")
+    add("shuffle", str, "none", "order of the training windows; windows: a new permutation per epoch",
+        choices=("none", "windows"))
+    add("seed", nonnegative_int, 1337, "seed of the initial weights and of --shuffle")
+
+    add = parser.add_group("optimization", "may change on --resume; changes are printed")
+    add("max_steps", positive_int, 19073, "number of optimizer steps")
+    add("max_lr", positive_float, 6e-4, "peak learning rate")
+    add("min_lr", nonnegative_float, None, "final learning rate", shown="max_lr / 10")
+    add("warmup_steps", nonnegative_int, 715, "steps of linear learning rate warm-up")
+    add("weight_decay", nonnegative_float, 0.1, "weight decay of matrices and embeddings")
+    add("grad_clip", nonnegative_float, 1.0, "max gradient norm (0 = no clipping)")
+    add("dtype", str, "auto", "autocast dtype; auto: bfloat16 on CUDA GPUs that have it, float16 on older "
+        "ones, float32 elsewhere", choices=("auto", "bfloat16", "float16", "float32"))
+
+    add = parser.add_group("machine", "may change on --resume")
+    add("B", nonnegative_int, 0, "micro-batch size per rank, in sequences; 0 = largest power of two up to 64 "
+        "that fits (CUDA), up to 4 elsewhere")
+    add("compile", None, None, "compile the model with torch.compile", shown="on for CUDA", action=on_off)
+    add("zero", None, False, "shard the optimizer state over the ranks (ZeRO stage 1)", action=on_off)
+
+    add = parser.add_group("evaluation", "may change on --resume")
+    add("eval_every", nonnegative_int, 250, "evaluation interval in steps, plus step 0 and the end (0 = off)")
+    add("val_tokens", nonnegative_int, None, "validation tokens per evaluation (0 = off)",
+        shown="10485760; 65536 on a CPU")
+    add("hellaswag", nonnegative_int, None, "HellaSwag examples per evaluation (0 = off)",
+        shown="10042; 0 on a CPU")
+    add("prompt", nonempty, "Hello, I'm a language model,", "prompt of the samples (- = stdin)",
+        metavar="TEXT")
+    add("num_samples", nonnegative_int, 4, "samples per evaluation (0 = off)")
+    add("sample_length", positive_int, None, "tokens per sample, prompt included",
+        shown="32; 128 for byte tokens")
+    add("top_k", nonnegative_int, 50, "sample from the k most likely tokens (0 = all)")
+    add("temperature", nonnegative_float, 1.0, "sampling temperature (0 = greedy)")
+
+    add = parser.add_group("files", "paths may change on --resume; the training data must be identical")
+    add("data", nonempty, None, "directory of token shards, or a UTF-8 text file",
+        shown="edu_fineweb10B next to this script; smoke: input.txt")
+    add("save_every", nonnegative_int, 1000, "interval of last.pt in steps (0 = only at the end)")
+    add("checkpoint_every", nonnegative_int, 5000, "interval of the permanent model_{step:05d}.pt in steps "
+        "(0 = only at the end)")
+    add("wandb", str, "", "also log to this Weights & Biases project", shown="off", metavar="PROJECT")
+    return parser
 
 
 # -----------------------------------------------------------------------------
-# The model: GPT-2 (Radford et al. 2019), and three later variations behind flags
+# Model: GPT-2 (Radford et al. 2019); --pos, --mlp and --norm select later variants
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a model."""
+    """Model hyperparameters."""
 
-    block_size: int = 1024  # longest context
+    block_size: int = 1024  # maximum context length
     vocab_size: int = 50257  # 50,000 BPE merges + 256 bytes + <|endoftext|>
     n_layer: int = 12
     n_head: int = 12
@@ -196,92 +183,90 @@ class GPTConfig:
     norm: str = "layernorm"
 
 
-# Training uses 50304 rows for those 50257 tokens: 393 * 128, which the GPU's tiles divide without a
-# remainder. No token ever points at the 47 rows more, and the model learns to leave them alone.
+# Training pads the vocabulary from 50257 to 50304, a multiple of 128, for faster matmuls: GPU kernels work on
+# tiles of such sizes. The extra ids never occur as targets, so their logits are pushed down.
 
 
 def make_norm(config):
-    """What each token's state goes through before a layer: its size is brought to one."""
+    """The normalization layer of --norm over the channel dimension C."""
     return (nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm)(config.n_embd, eps=1e-5)
 
 
-def rotate(x, cos, sin):
-    """RoPE (Su et al. 2021, arXiv 2104.09864): turn the pairs (i, i + hs/2) of x (B, T, nh, hs)."""
-    # Each pair turns by an angle that grows with the position, so the product of a query and a key
-    # depends on how far apart they are, and not on where.
-    x1, x2 = x.float().chunk(2, dim=-1)
-    # each half is cast before they are joined: half the bytes go through memory
-    return torch.cat([(x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype)], dim=-1)
+def apply_rotary_emb(x, cos, sin):
+    """Rotate the channel pairs (i, i + hs/2) of x (B, T, nh, hs) by position-dependent angles.
 
-
-def attend(layer, q, k, v, mask=None, cache=None, scale=None):
-    """Attention of q to k and v, each (B, T, nh, hs) -> (B, T, nh * hs).
-
-    mask (B, 1, T, T), bool: True = may attend; without one it is causal. `cache`, a dict, keeps the
-    keys and values of this `layer` between calls, so that a new token costs one token's work; once
-    it holds some, they come one at a time.
+    RoPE (Su et al. 2021, arXiv 2104.09864). The rotation angle is proportional to position, so q.k depends
+    only on the relative position. Computed in float32, returned in the dtype of x.
     """
-    B, T, n_head, hs = q.size()
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, nh, T, hs): every head by itself
-    if cache is not None:
-        end = cache["length"] + T
-        if layer not in cache:
-            cache[layer] = q.new_empty(2, B, n_head, cache["size"], hs)
-        cache[layer][:, :, :, end - T:end] = torch.stack((k, v))
-        k, v = cache[layer][:, :, :, :end]
-    causal = mask is None and T == k.size(2)  # a single new token may see all of the cache
-    # Every token gets a mean of the values up to its own, weighed by softmax(q k * scale), which is
-    # 1 / sqrt(hs) where nothing else is said. Where the device has flash attention it is this call:
-    # the T x T weights are never all there.
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-    return y.transpose(1, 2).contiguous().view(B, T, n_head * hs)  # the heads side by side again
+    x1, x2 = x.float().chunk(2, dim=-1)
+    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    return torch.cat([y1.to(x.dtype), y2.to(x.dtype)], dim=-1)
+
+
+def causal_attention(layer, q, k, v, mask=None, kv_cache=None, scale=None):
+    """Scaled dot-product attention: q, k, v (B, T, nh, hs) -> (B, T, nh * hs).
+
+    mask: bool (B, 1, T, T), True = attend; None = causal. scale: None = 1/sqrt(hs), which keeps the variance
+    of q.k near 1, so that the softmax does not saturate. kv_cache: dict of the past keys and values of each
+    `layer`, for generation; after the prompt, tokens must come one at a time.
+    """
+    B, T, n_head, head_size = q.size()
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+    if kv_cache is not None:
+        end = kv_cache["length"] + T
+        if layer not in kv_cache:
+            kv_cache[layer] = q.new_empty(2, B, n_head, kv_cache["size"], head_size)
+        kv_cache[layer][:, :, :, end - T:end] = torch.stack((k, v))
+        k, v = kv_cache[layer][:, :, :, :end]
+    is_causal = mask is None and T == k.size(2)  # a single new token attends to the whole cache
+    # FlashAttention kernels (Dao et al. 2022, arXiv 2205.14135) never materialize the (T, T) attention
+    # matrix. Reading and writing it would take longer than the matmuls.
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+    return y.transpose(1, 2).contiguous().view(B, T, n_head * head_size)
 
 
 class CausalSelfAttention(nn.Module):
-    """Where tokens talk to each other. Each asks (query), says what it has to offer (key), and gets
-    from itself and those before it what they tell (value), as far as their keys fit its query."""
+    """Multi-head causal self-attention: each token attends to itself and to earlier tokens."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values at once
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # what the heads found, mixed
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v projections in one matmul
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # output projection
         self.c_proj.is_residual_projection = True
         self.n_head = config.n_head
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def forward(self, x, rope=None, mask=None, kv_cache=None):
         B, T, C = x.size()
-        # each head has its own C / nh channels of all three, and so its own idea of what matters
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head)
-                   for t in self.c_attn(x).split(C, dim=2))
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head) for t in self.c_attn(x).split(C, dim=2))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        return self.c_proj(attend(self, q, k, v, mask, cache))
+            q, k = apply_rotary_emb(q, *rope), apply_rotary_emb(k, *rope)
+        return self.c_proj(causal_attention(self, q, k, v, mask, kv_cache))
 
 
 class MLP(nn.Module):
-    """4x wide with tanh GELU as GPT-2 has it, or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    """Position-wise MLP: 4x wide with GELU as in GPT-2, or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.gated = config.mlp == "swiglu"
-        # two of its three matrices are in c_fc; 8/3 C wide they are as large as the two of 4 C
-        hidden = 256 * math.ceil(8 * C / 3 / 256) if self.gated else 4 * C
-        self.c_fc = nn.Linear(C, 2 * hidden if self.gated else hidden)  # gate and value at once
-        self.c_proj = nn.Linear(hidden, C)
+        self.is_gated = config.mlp == "swiglu"
+        # SwiGLU has three matrices instead of two: 8/3 C wide it has as many parameters as GELU with 4 C. The
+        # width is rounded up to a multiple of 256 for fast matmuls.
+        hidden_size = 256 * math.ceil(8 * C / 3 / 256) if self.is_gated else 4 * C
+        self.c_fc = nn.Linear(C, 2 * hidden_size if self.is_gated else hidden_size)
+        self.c_proj = nn.Linear(hidden_size, C)
         self.c_proj.is_residual_projection = True
 
     def forward(self, x):
         x = self.c_fc(x)
-        if self.gated:
+        if self.is_gated:
             gate, x = x.chunk(2, dim=-1)
             return self.c_proj(F.silu(gate) * x)
-        # the tanh form, as GPT-2 was trained with it, when the exact one was slow
-        return self.c_proj(F.gelu(x, approximate="tanh"))
+        return self.c_proj(F.gelu(x, approximate="tanh"))  # GPT-2 was trained with the tanh approximation
 
 
 class Block(nn.Module):
-    """Tokens talk to each other in attn, each thinks for itself in mlp; both add to the stream."""
+    """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
 
     def __init__(self, config):
         super().__init__()
@@ -290,70 +275,81 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None, mask=None, cache=None):
-        # Both only add to the stream, and the norm is on the way in, not on the stream itself: so
-        # gradients reach the first block as directly as the last.
-        x = x + self.attn(self.ln_1(x), rope, mask, cache)
+    def forward(self, x, rope=None, mask=None, kv_cache=None):
+        # Pre-norm: between the embeddings and ln_f the residual stream passes through additions only. Each
+        # block receives the gradient directly, not only through the blocks after it.
+        x = x + self.attn(self.ln_1(x), rope, mask, kv_cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer. Another architecture is another class with these attributes, and
-    goes into main(model_class=...): see modern.py."""
+    """GPT-2. Another architecture is a subclass that is passed to main(model_class=...), as in modern.py."""
 
-    arch = "gpt2"  # what its checkpoints say they hold
-    presets = PRESETS  # {name: flags}; "gpt2" has the defaults
-    not_flags = ()  # fields of TrainConfig that mean nothing to it
+    arch = "gpt2"  # recorded in checkpoints
+    presets = PRESETS  # {name: flags}; "gpt2" holds the defaults
+    unsupported_flags = ()
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(config.vocab_size, config.n_embd)))
-        # attention by itself does not know who came first: each position has a vector of its own
-        if config.pos == "learned":
+        if config.pos == "learned":  # attention itself does not depend on the order of the earlier tokens
             self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.transformer.ln_f = make_norm(config)  # the stream has grown with every block
+        self.transformer.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Weight tying: tokens of similar meaning should be close where they come in and about
-        # equally likely where they go out, so one matrix serves both ends. At 124M that saves
-        # another 39M parameters.
+        # Weight tying (Press and Wolf 2017, arXiv 1608.05859): tokens of similar meaning should have similar
+        # embeddings and similar logits, so one matrix serves both. Saves 39M of 163M parameters.
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            std = 0.02
+            std = 0.02  # OpenAI's value, close to 1/sqrt(n_embd)
             if getattr(module, "is_residual_projection", False):
-                # Each block adds to the stream twice. 2L independent numbers of one size add up to
-                # sqrt(2L) times that size: starting smaller keeps the stream's size at any depth.
+                # The residual stream sums the outputs of 2 * n_layer layers, and their variances add up.
+                # Scaling their std by 1/sqrt(2 * n_layer) keeps the sum independent of depth.
                 std *= (2 * self.config.n_layer) ** -0.5
             torch.nn.init.normal_(module.weight, mean=0.0, std=std)
             if getattr(module, "bias", None) is not None:
                 torch.nn.init.zeros_(module.bias)
 
-    def hidden(self, idx, pos=None, mask=None, cache=None):
-        """Token ids (B, T) -> the states that the head reads, (B, T, C).
+    def forward(self, idx, targets=None):
+        """Token ids (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, mean loss).
 
-        pos (B, T): positions, where they are not 0..T-1. mask (B, 1, T, T), bool: True = may
-        attend, where that is not causal. cache: {"length": 0, "size": tokens to make room for},
-        filled and used while generating.
+        With targets no logits are returned, so that a compiled step need not materialize them.
         """
-        pos = self.positions(idx, cache) if pos is None else pos
-        x, rope = self.embed(idx, pos), self.rope(pos)
+        logits = self.logits(self.hidden_states(idx))
+        if targets is None:
+            return logits, None
+        # Softmax and log in float32: in bfloat16 a log-probability near -10 is rounded to multiples of 1/16.
+        return None, F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1))
+
+    def hidden_states(self, idx, pos=None, mask=None, kv_cache=None):
+        """Map token ids (B, T) to the final hidden states (B, T, C), the input of the output head.
+
+        pos: token positions, (T,) or (B, T); default 0..T-1, after the cached tokens. mask: see
+        causal_attention. kv_cache: {"length": 0, "size": max tokens}, filled during generation.
+        """
+        if pos is None:
+            start = kv_cache["length"] if kv_cache is not None else 0
+            end, block_size = start + idx.size(1), self.config.block_size
+            assert end <= block_size, f"sequence of {end} tokens exceeds block_size {block_size}"
+            pos = torch.arange(start, end, device=idx.device)
+        x, rope = self.embed(idx, pos), self.rotary_cos_sin(pos)
         for block in self.transformer.h:
-            x = block(x, rope, mask, cache)
-        if cache is not None:
-            cache["length"] += idx.size(1)
+            x = block(x, rope, mask, kv_cache)
+        if kv_cache is not None:
+            kv_cache["length"] += idx.size(1)
         return self.transformer.ln_f(x)
 
     def embed(self, idx, pos):
-        """Token ids (B, T) at positions (T,) or (B, T) -> the first states, (B, T, C)."""
+        """Embed token ids (B, T) at positions (T,) or (B, T) as (B, T, C)."""
         x = self.transformer.wte(idx)
         return x + self.transformer.wpe(pos) if self.config.pos == "learned" else x
 
-    def rope(self, pos):
-        """cos and sin of RoPE's angles at positions (T,) or (B, T): (B or 1, T, 1, hs/2) each."""
+    def rotary_cos_sin(self, pos):
+        """cos and sin of the RoPE angles, (1 or B, T, 1, hs/2) each; None for learned positions."""
         if self.config.pos == "learned":
             return None
         half = self.config.n_embd // self.config.n_head // 2
@@ -361,265 +357,199 @@ class GPT(nn.Module):
         angles = (pos[..., None] * freqs).view(-1, pos.size(-1), 1, half)
         return angles.cos(), angles.sin()
 
-    def positions(self, idx, cache):
-        """0..T-1, or behind what the cache holds: (T,)."""
-        past = cache["length"] if cache else 0
-        end = past + idx.size(1)
-        assert end <= self.config.block_size, (
-            f"{end} tokens, but block_size is {self.config.block_size}")
-        return torch.arange(past, end, device=idx.device)
-
-    def logits(self, h):
-        """States (..., C) -> logits (..., V)."""
-        return self.lm_head(h)
-
-    def loss(self, h, targets):
-        """States (B, T, C) and the ids that come next (B, T) -> mean cross-entropy in nats."""
-        return head_cross_entropy(h, self.lm_head.weight, targets)
-
-    def forward(self, idx, targets=None):
-        """idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, mean loss)."""
-        h = self.hidden(idx)
-        return (self.logits(h), None) if targets is None else (None, self.loss(h, targets))
+    def logits(self, x):
+        """Map hidden states (..., C) to logits (..., V)."""
+        return apply_head(self.lm_head, x)
 
     @torch.no_grad()
-    def generate(self, idx, n_new, temperature=1.0, top_k=50, n_vocab=50257, generator=None,
-                 use_cache=True):
-        """Yield n_new times the next token (B, 1) of idx (B, T); ids stay below n_vocab.
+    def generate(self, idx, n_new, temperature=1.0, top_k=50, n_vocab=50257, generator=None, use_cache=True):
+        """Yield n_new sampled tokens (B, 1), one after the other, that continue the prompt idx (B, T).
 
-        Beyond block_size every token is computed afresh from the last block_size tokens.
-        temperature 0 takes the likeliest token; top_k 0 samples among all.
+        Only ids below n_vocab are sampled. temperature 0 is greedy; top_k 0 samples from all tokens. Beyond
+        block_size the context is cropped on the left. All positions then shift, so the KV cache is not used.
         """
-        size = min(idx.size(1) + n_new, self.config.block_size)
-        # Keys and values of a token never change, as no token sees a later one: they are kept.
-        cache = {"length": 0, "size": size} if use_cache else None
-        n_vocab = min(n_vocab, self.config.vocab_size)
+        block_size, n_vocab = self.config.block_size, min(n_vocab, self.config.vocab_size)
+        # A token never attends to later tokens, so its keys and values never change and can be cached.
+        kv_cache = {"length": 0, "size": min(idx.size(1) + n_new, block_size)} if use_cache else None
         for _ in range(n_new):
-            # with the cache only what is new goes through the model: at first the whole prompt
-            if cache is not None and idx.size(1) <= self.config.block_size:
-                h = self.hidden(idx[:, cache["length"]:], cache=cache)
+            if kv_cache is not None and idx.size(1) <= block_size:
+                x = self.hidden_states(idx[:, kv_cache["length"]:], kv_cache=kv_cache)
             else:
-                h = self.hidden(idx[:, -self.config.block_size:])
-            logits = self.logits(h[:, -1])[:, :n_vocab].float()  # the padding rows are no tokens
-            if temperature < 1e-6:  # 0 divides nothing; near it only the likeliest is left
+                x = self.hidden_states(idx[:, -block_size:])
+            logits = self.logits(x[:, -1])[:, :n_vocab].float()  # without the padded vocabulary
+            if temperature < 1e-6:
                 next_id = logits.argmax(dim=-1, keepdim=True)
             else:
-                # of the k likeliest only: the rest are each unlikely, but together they are not
+                # Tail tokens are unlikely one by one but likely together, and one bad token derails a sample:
+                # keep the top k.
                 probs = F.softmax(logits / temperature, dim=-1)
                 topk_probs, topk_indices = torch.topk(probs, min(top_k or n_vocab, n_vocab))
-                choice = torch.multinomial(topk_probs, 1, generator=generator)
-                next_id = torch.gather(topk_indices, -1, choice)
+                sampled = torch.multinomial(topk_probs, 1, generator=generator)
+                next_id = torch.gather(topk_indices, -1, sampled)
             idx = torch.cat((idx, next_id), dim=1)
             yield next_id
 
     def flops_per_token(self, T):
-        """Of training: 6 per weight, 12 L C T for attention (PaLM, arXiv 2204.02311, app. B)."""
-        c, names = self.config, self.named_parameters()
-        # an embedding that only looks up multiplies nothing
-        n = sum(p.numel() for name, p in names if name not in self.looked_up())
-        # forward: a product and a sum for each weight; backward: twice that
-        return 6 * n + 12 * c.n_layer * c.n_embd * T
+        """Training FLOPs per token: 6N + 12 * n_layer * C * T (PaLM, arXiv 2204.02311, appendix B).
 
-    def looked_up(self):
-        """Weights that no product uses; wte is not among them, as it is the head too."""
+        N counts all parameters but lookup-only embeddings: 2 FLOPs each in the forward pass, 4 in the
+        backward pass. The attention term counts the full (T, T) matrix, as in the paper.
+        """
+        lookup_only = self.lookup_only_params()
+        N = sum(p.numel() for name, p in self.named_parameters() if name not in lookup_only)
+        return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
+
+    def lookup_only_params(self):
+        """Names of the parameters that no matmul uses. Not wte: it is tied to the output head."""
         return {"transformer.wpe.weight"}
 
     @classmethod
     def from_pretrained(cls, model_type):
-        """gpt2, gpt2-medium, gpt2-large or gpt2-xl: OpenAI's weights by way of Hugging Face; or a
-        checkpoint's path. Raises UserError."""
-        return cls.load(checkpoint.read_weights(model_type), model_type)
+        """Load a model in eval mode by Hugging Face name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or
+        checkpoint path. Raises UserError."""
+        return cls.from_checkpoint(load_weights(model_type), model_type).eval()
 
     @classmethod
-    def load(cls, weights, path):
-        """The model in an opened checkpoint; `path` is for the message where it does not fit."""
-        arch = weights.get("arch", "gpt2")
-        if arch != cls.arch:
-            raise UserError(f"{path} holds a model of {program(arch)}: use that with it, not "
-                            f"{program(cls.arch)}")
+    def from_checkpoint(cls, ckpt, path):
+        """Build the model of a loaded checkpoint. `path` is for error messages. Raises UserError."""
+        script = script_of(ckpt.get("arch", "gpt2"))
+        if script != script_of(cls.arch):
+            raise UserError(f"{path} is a checkpoint of {script}, not of {script_of(cls.arch)}; use {script}")
         try:
-            model = cls(GPTConfig(**weights["config"]))
-            model.load_state_dict(weights["model"])
-        except (RuntimeError, TypeError) as e:
-            why = one_line(e)
-            raise UserError(f"the weights in {path} do not fit its config ({why})") from None
+            model = cls(GPTConfig(**ckpt["config"]))
+            model.load_state_dict(ckpt["model"])
+        except (RuntimeError, TypeError, AttributeError) as e:
+            raise UserError(f"the weights in {path} do not match its config ({one_line(e)})") from None
         return model
 
-    def configure_optimizers(self, weight_decay, learning_rate, device_type, skip=(), zero=False):
-        """AdamW: matrices and embeddings decay, biases and norms do not. `skip`: parameters that
-        another optimizer takes; `zero`: shard the state over the processes."""
-        skip = set(skip)
-        # Decay pulls what multiplies (matrices, embeddings: two dimensions) towards zero, so that
-        # no single weight carries too much. What shifts or scales has no such need.
-        params = [p for p in self.parameters() if p.requires_grad and p not in skip]
-        decay = [p for p in params if p.dim() >= 2]
-        nodecay = [p for p in params if p.dim() < 2]
-        for name, group in (("decayed", decay), ("non-decayed", nodecay)):
-            say(f"num {name} parameter tensors: {len(group)}, with "
-                f"{sum(p.numel() for p in group):,} parameters")
-        groups = [{"params": decay, "weight_decay": weight_decay},
-                  {"params": nodecay, "weight_decay": 0.0}]
-        fused = device_type in ("cuda", "cpu", "mps")  # one kernel for all tensors, not one each
-        say(f"using fused AdamW: {fused}")
-        # the second beta is GPT-3's: an average over 20 steps forgets sooner than Adam's 0.999
-        return machine.make_optimizer(torch.optim.AdamW, groups, zero, lr=learning_rate,
-                                      betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    def configure_optimizers(self, weight_decay, learning_rate, device_type, zero=False):
+        """Build AdamW with weight decay on matrices and embeddings only. zero: use ZeRO stage 1."""
+        # Decay pulls weights towards 0, which regularizes the matrices; they hold nearly all parameters. Norm
+        # gains start at 1 and, like biases, are few: decay would only remove scale and offset.
+        params = [p for p in self.parameters() if p.requires_grad]
+        decay_params = [p for p in params if p.dim() >= 2]
+        nodecay_params = [p for p in params if p.dim() < 2]
+        for kind, group in (("decayed", decay_params), ("non-decayed", nodecay_params)):
+            n = sum(p.numel() for p in group)
+            print0(f"num {kind} parameter tensors: {len(group)}, with {n:,} parameters")
+        param_groups = [{"params": decay_params, "weight_decay": weight_decay},
+                        {"params": nodecay_params, "weight_decay": 0.0}]
+        # The fused kernel does the whole update of many tensors in one launch. The default launches one
+        # kernel per arithmetic operation and moves the state through memory each time.
+        print0("using fused AdamW: True")
+        return make_optimizer(torch.optim.AdamW, param_groups, zero, lr=learning_rate, betas=(0.9, 0.95),
+                              eps=1e-8, fused=True)
 
-    def make_optimizers(self, cfg, device_type, zero):
-        """{"adamw": ...}; with --optimizer muon also {"muon": ...}, for the blocks' matrices."""
-        matrices = [p for p in self.transformer.h.parameters() if p.dim() == 2]
-        matrices = matrices if cfg.optimizer == "muon" else []
-        optimizers = {"adamw": self.configure_optimizers(
-            cfg.weight_decay, cfg.max_lr, device_type, skip=matrices, zero=zero)}
-        if matrices:
-            machine.describe_muon(matrices, steps=5, zero=zero)
-            # match_rms_adamw scales Muon's updates so that AdamW's learning rate suits both
-            optimizers["muon"] = machine.make_optimizer(
-                torch.optim.Muon, matrices, zero, lr=cfg.max_lr, weight_decay=cfg.weight_decay,
-                adjust_lr_fn="match_rms_adamw")
-        return optimizers
+    def make_optimizers(self, args, device_type, zero):
+        """Build {name: optimizer}. "ratio" in a parameter group multiplies the scheduled learning rate."""
+        return {"adamw": self.configure_optimizers(args.weight_decay, args.max_lr, device_type, zero)}
 
-    def schedule(self, it, cfg):
-        """Learning rate of update `it`; a parameter group with a "ratio" takes that share of it."""
-        return get_lr(it, cfg.max_lr, cfg.min_lr, cfg.warmup_steps, cfg.max_steps)
+    @staticmethod
+    def schedule(it, args):
+        """Learning rate of update `it`."""
+        return get_lr(it, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
 
 
 # -----------------------------------------------------------------------------
-# The loss, and why not all the logits. With B = 64 and T = 1024 the logits of a micro-step are
-# 64 * 1024 rows of 50304 numbers: 13 GB, by far its largest tensor, and as much again for their
-# gradient. But each row is only needed until its own loss and gradient are known, so a chunk of
-# rows at a time does, and the same numbers come out.
-
-CHUNK_ROWS = {"cpu": 256, "cuda": 4096}  # least rows of logits alive together
-
-
-def soft_cap(z, cap):
-    """Logits z -> the same near zero, and never beyond cap; None is no cap (modern.py has one)."""
-    return z if cap is None else cap * z * (z.square() + cap**2).rsqrt()
-
-
-def head_cross_entropy(h, weight, targets, bias=None, cap=None):
-    """Mean cross-entropy of the logits soft_cap(h @ weight.T + bias), in nats.
-
-    h (B, T, C), weight (V, C), targets (B, T) -> scalar. Where the rows fit into one chunk it is
-    F.cross_entropy. So it is under torch.compile, which fuses the loss into the product and keeps
-    the logits in half precision: measured faster than chunks. An Apple GPU needs the chunks, for
-    the sake of hardware.product.
-    """
-    h, targets = h.flatten(0, 1), targets.flatten()  # B * T predictions, each by itself
-    kind = h.device.type
-    # A chunk costs a pass over the weight's gradient: its logits may be as large as that.
-    chunk = max(CHUNK_ROWS.get(kind, CHUNK_ROWS["cpu"]), weight.size(1))
-    if kind != "mps" and (h.size(0) <= chunk or torch.compiler.is_compiling()):
-        # float(): CUDA's autocast, unlike the CPU's, would take the softmax in half precision
-        return F.cross_entropy(soft_cap(F.linear(h, weight, bias).float(), cap), targets)
-    low = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if low else weight.dtype
-    wants_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    return ChunkedCrossEntropy.apply(h, weight, bias, targets, cap, chunk, dtype, wants_grad)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits soft_cap(h @ weight.T + bias), a chunk of rows at a time.
-
-    h (N, C), weight (V, C), bias (V,) or None, targets (N,) -> scalar. The gradients are taken in
-    the forward pass, while the logits are at hand. The weight's is summed in the weight's own dtype
-    (float32): in bfloat16 the sum over chunks would lose digits.
-    """
-
-    @staticmethod
-    def forward(ctx, h, weight, bias, targets, cap, chunk, dtype, wants_grad):
-        total = torch.zeros((), dtype=weight.dtype, device=h.device)
-        w = weight.to(dtype)
-        grad_h = torch.empty_like(h, dtype=dtype) if wants_grad else None
-        grad_w = torch.zeros_like(weight) if wants_grad else None
-        grad_b = torch.zeros_like(bias) if wants_grad and bias is not None else None
-        with torch.autocast(h.device.type, enabled=False):
-            for rows in (slice(i, i + chunk) for i in range(0, h.size(0), chunk)):
-                x, target = h[rows].to(dtype), targets[rows].unsqueeze(1)
-                g = (x @ w.T).to(weight.dtype)  # logits; everything after is done in their place
-                if bias is not None:
-                    g += bias
-                if cap is not None:
-                    slope = g.square().add_(cap**2).rsqrt_().mul_(cap)
-                    g *= slope
-                top, picked = g.amax(dim=1, keepdim=True), g.gather(1, target)
-                z = g.sub_(top).exp_().sum(dim=1, keepdim=True)
-                total += (top + z.log() - picked).sum()
-                if not wants_grad:
-                    continue
-                # d loss / d logits = softmax - 1 at the target. Of the sum, not yet of the mean:
-                # such small numbers would suffer in float16.
-                g = g.div_(z).scatter_add_(1, target, -torch.ones_like(z))
-                if cap is not None:
-                    g *= slope.pow_(3)
-                if bias is not None:
-                    grad_b += g.sum(dim=0)
-                g = g.to(dtype)
-                grad_h[rows] = hardware.product(g, w, h.device.type)
-                if dtype == grad_w.dtype:
-                    grad_w.addmm_(g.T, x)
-                else:
-                    grad_w += g.T @ x
-        if wants_grad:
-            ctx.save_for_backward(grad_h, grad_w, grad_b)
-            ctx.h_dtype = h.dtype
-        return total / h.size(0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_h, grad_w, grad_b = ctx.saved_tensors
-        scale = grad / grad_h.size(0)
-        grad_b = None if grad_b is None else grad_b.mul_(scale)
-        return (grad_h * scale).to(ctx.h_dtype), grad_w.mul_(scale), grad_b, *[None] * 5
-
-
-# -----------------------------------------------------------------------------
-# The schedule; the optimizers are GPT.make_optimizers
+# Learning rate schedule
 
 
 def get_lr(it, max_lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073):
-    """Learning rate of update `it`: linear warm-up, then a cosine down to min_lr at max_steps."""
-    # AdamW's averages know little at first: small steps until they do
+    """Learning rate of update `it`: linear warm-up, then cosine decay to min_lr at max_steps."""
+    # During the first steps Adam's second moments rest on few gradients, so its updates are unreliable: keep
+    # them small. it + 1, because a step with learning rate 0 would be wasted.
     if it < warmup_steps:
         return max_lr * (it + 1) / warmup_steps
     if it >= max_steps:
         return min_lr
-    # then from 1 to 0 along half a cosine: slow, fast, slow
+    # Large steps while the loss falls fast; small steps at the end, where gradient noise dominates.
     decay_ratio = (it - warmup_steps) / (max_steps - warmup_steps)
-    coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
+    coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))  # from 1 to 0
     return min_lr + coeff * (max_lr - min_lr)
 
 
 # -----------------------------------------------------------------------------
-# Data: the batch of a step is a function of the step
+# Data: token shards as one stream; the batch of a step is a pure function of the step
+
+
+class Shard(NamedTuple):
+    """uint16 tokens in a file, starting at byte `offset`, or in an array."""
+
+    name: str
+    count: int
+    path: str | None = None
+    offset: int = 0
+    array: np.ndarray | None = None
+
+
+class TokenStream:
+    """The concatenated shards of a split, read by position.
+
+    Reads with open, seek and read: the pages of a memory map would count as resident memory, and each rank
+    would end up with the whole data set.
+    """
+
+    def __init__(self, shards):
+        self.shards, self.names, self.counts = shards, [s.name for s in shards], [s.count for s in shards]
+        self.starts = [0, *itertools.accumulate(self.counts)]
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def locate(self, position):
+        """(shard index, offset in tokens) of a position in the stream."""
+        i = bisect.bisect_right(self.starts, position) - 1
+        return i, position - self.starts[i]
+
+    def read(self, start, count):
+        """Tokens [start, start + count) as uint16 (count,). Raises DataError."""
+        parts = []
+        while count > 0:
+            i, offset = self.locate(start)
+            n = min(count, self.counts[i] - offset)
+            parts.append(self.read_shard(self.shards[i], offset, n))
+            start, count = start + n, count - n
+        return np.concatenate(parts)
+
+    @staticmethod
+    def read_shard(shard, start, count):
+        if shard.array is not None:
+            return shard.array[start:start + count]
+        try:
+            tokens = np.fromfile(shard.path, "<u2", count, offset=shard.offset + 2 * start)
+        except OSError as e:
+            raise DataError(f"cannot read {shard.path} ({one_line(e)})") from e
+        if len(tokens) < count:
+            raise DataError(f"{shard.path} became shorter than its {shard.count:,} tokens at the start")
+        return tokens
 
 
 class DataLoaderLite:
-    """Batches (x, y), each (B, T) int64 on the CPU, y one token to the right of x.
+    """Batches of input and target tokens.
 
-    The tokens of a split are cut into windows of T inputs and their T targets; a window may
-    straddle shards. Step s takes the global rows s*R .. s*R + R-1, R = rows_per_step. Row g is
-    window order(g mod n) of epoch g // n, so every window is read once an epoch. Inside a step,
-    row (m*W + k)*B + b goes to micro-step m, process k of W, row b: the same rows make the same
-    step for any number of processes and any B.
+    Window w is tokens [w*T, w*T + T] of the stream: T inputs and, one token to the right, their targets. It
+    may straddle shards. Step s reads the global sequences s*R .. s*R + R-1, where R = sequences_per_step.
+    Sequence g is window permutation(g mod n_windows) of epoch g // n_windows, so each window is read once per
+    epoch. Within a step, sequence (m*W + k)*B + b belongs to micro-step m, rank k of W and batch index b. So
+    a step reads the same tokens for any B and world size.
 
-    tokens: a TokenStream of at least T + 1 tokens, else UserError. shuffle: "none", or "windows":
-    one permutation per epoch, the same on all processes, drawn from (seed, epoch).
+    shuffle: "none", or "windows" for one permutation per epoch, the same on all ranks, drawn from (seed,
+    epoch). Raises UserError if the stream is shorter than one window.
     """
 
-    def __init__(self, B, T, process_rank, num_processes, tokens, rows_per_step=None,
-                 shuffle="none", seed=1337, vocab_size=65536):
+    def __init__(self, B, T, process_rank, num_processes, tokens, sequences_per_step=None, shuffle="none",
+                 seed=1337, vocab_size=65536):
         self.B, self.T, self.tokens = B, T, tokens
         self.process_rank, self.num_processes = process_rank, num_processes
-        self.rows_per_step = rows_per_step or B * num_processes
-        self.grad_accum_steps = self.rows_per_step // (B * num_processes)
+        self.sequences_per_step = sequences_per_step or B * num_processes
+        self.grad_accum_steps = self.sequences_per_step // (B * num_processes)
         self.shuffle, self.seed, self.vocab_size = shuffle, seed, vocab_size
-        self.n_windows = (len(tokens) - 1) // T  # the last input needs a target too
+        self.n_windows = (len(tokens) - 1) // T  # the last input needs a target
         if self.n_windows < 1:
-            raise UserError(f"{', '.join(tokens.names[:3])}: {len(tokens):,} tokens are less than "
-                            f"one window of T + 1 = {T + 1}: lower --T or give more data")
-        self.orders = {}
+            raise UserError(f"{', '.join(tokens.names[:3])}: a split of {len(tokens):,} tokens is shorter "
+                            f"than one window of T + 1 = {T + 1}; use a smaller --T, or more data (the val "
+                            "split of a text is its last tenth; --val_tokens 0 turns validation off)")
+        self.permutations = {}
         self.reset()
 
     def reset(self, step=0):
@@ -627,567 +557,1905 @@ class DataLoaderLite:
         self.next_micro_step = step * self.grad_accum_steps
 
     def next_batch(self):
-        """This process's share of the next micro-step; the counter is all the state there is."""
+        """Inputs and targets (B, T), int64 on the CPU, of this rank's next micro-step. Raises DataError."""
         step, micro_step = divmod(self.next_micro_step, self.grad_accum_steps)
         self.next_micro_step += 1
-        first = step * self.rows_per_step  # of the step, over all processes
+        first = step * self.sequences_per_step
         first += (micro_step * self.num_processes + self.process_rank) * self.B
-        return self.read(self.windows(np.arange(first, first + self.B)))
+        return self.read(self.windows_of(np.arange(first, first + self.B)))
 
-    def windows(self, rows):
-        """Window numbers of global rows, both int64 arrays."""
-        # rows are counted through all epochs: the quotient is the epoch, the rest the place in it
-        epochs, numbers = np.divmod(rows, self.n_windows)
+    def windows_of(self, sequences):
+        """Window numbers of global sequence numbers, both int64 arrays."""
+        epochs, windows = np.divmod(sequences, self.n_windows)
         if self.shuffle == "windows":
             for epoch in np.unique(epochs):
-                here = epochs == epoch
-                numbers[here] = self.order(int(epoch))[numbers[here]]
-        return numbers
+                mask = epochs == epoch
+                windows[mask] = self.permutation(int(epoch))[windows[mask]]
+        return windows
 
-    def order(self, epoch):
-        """The permutation of an epoch; two are kept, for a step across the border."""
-        if epoch not in self.orders:
-            order = np.arange(self.n_windows, dtype=np.uint32)  # 4 bytes: 40 MB for 10B tokens
-            # RandomState, unlike default_rng, promises the same numbers in every version of numpy
+    def permutation(self, epoch):
+        """The permutation of the windows in an epoch. Two are cached: a step may span two epochs."""
+        if epoch not in self.permutations:
+            order = np.arange(self.n_windows, dtype=np.uint32)
+            # RandomState guarantees the same stream in every numpy version; default_rng does not.
             np.random.RandomState([self.seed % 2**32, self.seed >> 32, epoch]).shuffle(order)
-            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1} | {epoch: order}
-        return self.orders[epoch]
+            self.permutations = {e: p for e, p in self.permutations.items() if e == epoch - 1}
+            self.permutations[epoch] = order
+        return self.permutations[epoch]
 
     def read(self, windows):
-        """(x, y) of these windows, each (len(windows), T); neighbours are read in one go."""
-        buf = np.empty((2, len(windows), self.T), dtype=np.int64)
-        starts = np.flatnonzero(np.diff(windows, prepend=-2) != 1)
-        for i, j in zip(starts, [*starts[1:], len(windows)], strict=True):
-            pos = int(windows[i]) * self.T
-            # one token more than the inputs: each input's target is the token behind it
-            ids = self.tokens.read(pos, int(j - i) * self.T + 1)
-            self.check_vocabulary(ids, pos)
-            buf[0, i:j], buf[1, i:j] = ids[:-1].reshape(-1, self.T), ids[1:].reshape(-1, self.T)
-        return torch.from_numpy(buf).unbind()
+        """Inputs and targets (len(windows), T) of these windows. Raises DataError."""
+        batch = np.empty((2, len(windows), self.T), dtype=np.int64)
+        run_starts = np.flatnonzero(np.diff(windows, prepend=-2) != 1)  # of consecutive windows
+        for i, j in itertools.pairwise([*run_starts, len(windows)]):
+            position = int(windows[i]) * self.T
+            ids = self.tokens.read(position, int(j - i) * self.T + 1)
+            if ids.max() >= self.vocab_size:
+                shard, offset = self.tokens.locate(position + int(ids.argmax()))
+                raise DataError(f"{self.tokens.names[shard]} has token {ids.max()} at offset {offset}, "
+                                f"outside --vocab_size {self.vocab_size}; use a larger --vocab_size, or "
+                                "shards of GPT-2 tokens")
+            batch[0, i:j], batch[1, i:j] = ids[:-1].reshape(-1, self.T), ids[1:].reshape(-1, self.T)
+        return torch.from_numpy(batch).unbind()
 
-    def check_vocabulary(self, ids, pos):
-        """UserError where `ids`, read at token `pos` of the stream, are not of this vocabulary."""
-        if ids.max() >= self.vocab_size:
-            shard, offset = self.tokens.locate(pos + int(ids.argmax()))
-            raise UserError(f"{self.tokens.names[shard]} has token {ids.max()} at offset {offset}, "
-                            f"beyond --vocab_size {self.vocab_size}: raise it, or give shards of "
-                            "GPT-2 tokens")
-
-    def where(self, step):
-        """(row, epoch, window, shard number, offset) of each row of a step, over all processes."""
-        rows = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
-        for row, window in zip(rows, self.windows(rows), strict=True):
-            yield (int(row), int(row) // self.n_windows, int(window),
-                   *self.tokens.locate(int(window) * self.T))
+    def locate(self, step):
+        """Yield (sequence in the step, epoch, window, shard index, offset) for all sequences of a step."""
+        first = step * self.sequences_per_step
+        sequences = np.arange(first, first + self.sequences_per_step)
+        for sequence, window in zip(sequences.tolist(), self.windows_of(sequences).tolist(), strict=True):
+            yield (sequence - first, sequence // self.n_windows, window, *self.tokens.locate(window * self.T))
 
 
 # -----------------------------------------------------------------------------
-# Evaluation: on the raw module, but for batches of the very shape that the compiled one is trained
-# with; so that one never meets another shape. Nothing in the model depends on train or eval mode.
+# Evaluation. The compiled model only sees full training-size batches, so it is never recompiled for another
+# shape. Everything else runs on the raw module.
 
 
-def autocast(cfg, device):
-    """The forward pass in cfg.dtype where that is safe; the weights stay float32.
+def autocast(args, device):
+    """Run matmuls in --dtype.
 
-    Products in bfloat16 are several times as fast. It has float32's range and three digits: enough
-    for a product, too few for a weight, whose updates are smaller than that.
+    bfloat16 matmuls are several times faster on tensor cores. Its range is that of float32, so gradients need
+    no scaling. Its 2 to 3 significant digits are enough for activations but would round away small weight
+    updates, so weights and optimizer state stay float32.
     """
-    dtype = getattr(torch, cfg.dtype)
+    dtype = getattr(torch, args.dtype)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 class Evaluator:
-    """What a model is worth: validation loss, HellaSwag and samples, as far as they are on.
+    """Run the enabled evaluations: validation loss, HellaSwag, samples.
 
-    loader: of the val split, or None; examples: of HellaSwag; prompt: token ids, on the main
-    process. An empty one is off. A signal in between raises Stopped on all processes.
-    whole_batch_model: the compiled one, where there is one; it knows the shape of a whole batch.
+    compiled_model: for full batches; the same object as model if not compiled. loader: DataLoaderLite of the
+    val split, or None. examples: HellaSwag examples, [] = off. prompt: token ids, [] = no samples (rank 0
+    only). stop: StopSignal.
     """
 
-    def __init__(self, cfg, dist, model, loader, examples, prompt, tokenizer, stop):
-        self.cfg, self.dist, self.model, self.loader = cfg, dist, model, loader
-        self.examples, self.prompt, self.tokenizer, self.stop = examples, prompt, tokenizer, stop
-        self.whole_batch_model = model
-        wanted = cfg.val_tokens
-        if wanted is None:
-            wanted = 65536 if dist.device.type == "cpu" else 10485760  # build-nanogpt's, on 8 GPUs
-        self.val_windows = 0
+    def __init__(self, args, dist, model, compiled_model, loader, examples, prompt, tokenizer, stop):
+        self.args, self.dist, self.stop = args, dist, stop
+        self.model, self.compiled_model = model, compiled_model
+        self.loader, self.examples, self.prompt, self.tokenizer = loader, examples, prompt, tokenizer
+        self.n_windows = 0
         if loader:
-            self.val_windows = min(max(1, wanted // loader.T), loader.n_windows)
-            self.whole_split = self.val_windows < wanted // loader.T
-            loader.read(np.arange(1))  # what is wrong with the split is said before training
+            wanted = max(1, args.val_tokens // loader.T)
+            self.n_windows = min(wanted, loader.n_windows)
+            self.is_whole_split = self.n_windows < wanted
+            loader.read(np.arange(1))  # fail before training if the val split is unreadable
 
     @contextlib.contextmanager
-    def quick(self):
-        """No graph, low precision, and no attention kernel that plans anew for each shape."""
-        low_precision = autocast(self.cfg, self.dist.device)
-        with torch.no_grad(), low_precision, hardware.attention_of_any_shape():
-            yield
+    def evaluation_mode(self):
+        """Context: eval mode, no_grad, autocast, and no cuDNN attention (see sdpa_for_any_shape)."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), autocast(self.args, self.dist.device), sdpa_for_any_shape():
+                yield
+        finally:
+            self.model.train(was_training)
 
     def validate(self):
-        """Mean loss over the first val_tokens of the split: the same for any B and world size."""
-        if not self.val_windows:
+        """Mean loss over the first val_tokens of the split; None if off.
+
+        It does not depend on B or world size: the ranks share the windows, and the mean is over tokens.
+        """
+        if not self.n_windows:
             return None
-        loader, dist, n = self.loader, self.dist, self.val_windows
+        loader, dist = self.loader, self.dist
         total = torch.zeros((), device=dist.device)
-        for first in range(0, n, loader.B * dist.world_size):  # as often on every process
+        for start in range(0, self.n_windows, loader.B * dist.world_size):
+            first = start + dist.rank * loader.B
+            windows = np.arange(first, min(first + loader.B, self.n_windows))
+            try:
+                if len(windows):
+                    total += self.batch_loss(windows) * len(windows)
+            except DataError as e:
+                self.stop.data_error = e
             self.stop.check()
-            mine = first + dist.rank * loader.B
-            windows = np.arange(mine, min(mine + loader.B, n))
-            if len(windows):
-                x, y = (t.to(dist.device) for t in loader.read(windows))
-                whole = len(windows) == loader.B
-                with self.quick():
-                    _, loss = (self.whole_batch_model if whole else self.model)(x, y)
-                # the last batch may be smaller: weigh by rows, so that every token counts alike
-                total += loss * len(windows)
-        # each process has seen its share: the sum over all of them is the whole
-        loss = dist.sum([total.item()])[0] / n
-        over = f" over all {n * loader.T:,} tokens there are" if self.whole_split else ""
-        say(f"validation loss: {loss:.4f}{over}")
-        return loss
+        val_loss = dist.all_reduce_sum([total.item()])[0] / self.n_windows
+        note = f" (all {self.n_windows * loader.T:,} tokens of the split)" if self.is_whole_split else ""
+        print0(f"validation loss: {val_loss:.4f}{note}")
+        return val_loss
+
+    def batch_loss(self, windows):
+        x, y = (t.to(self.dist.device) for t in self.loader.read(windows))
+        model = self.compiled_model if len(windows) == self.loader.B else self.model
+        with self.evaluation_mode():
+            return model(x, y)[1]
 
     def score_hellaswag(self, details=False):
-        """Accuracy (acc_norm); the examples are shared out over the processes."""
+        """HellaSwag accuracy (acc_norm: the lowest mean token loss wins); None if off."""
         if not self.examples:
             return None
         dist = self.dist
-        with self.quick():
+        with self.evaluation_mode():
             if details and dist.master_process:
-                hellaswag.show_examples(self.model, self.examples, dist.device,
-                                        self.tokenizer.decode)
-            result = hellaswag.evaluate(self.model, self.examples, dist.device, dist.rank,
-                                        dist.world_size, between=self.stop.check,
-                                        progress=dist.master_process)
-        correct, correct_norm, total, cropped = (int(n) for n in dist.sum(list(result)))
-        say(f"HellaSwag accuracy: {correct_norm}/{total}={correct_norm / total:.4f}")
+                hellaswag.show_examples(self.model, self.examples, dist.device, self.tokenizer.decode)
+            result = hellaswag.evaluate(self.model, self.examples, dist.device, dist.rank, dist.world_size,
+                                        on_batch_end=self.stop.check, progress=dist.master_process)
+        correct, correct_norm, total, cropped = (int(n) for n in dist.all_reduce_sum(list(result)))
+        print0(f"HellaSwag accuracy: {correct_norm}/{total}={correct_norm / total:.4f}")
+        if details and cropped:
+            print0(f"{cropped} examples cropped to block_size {self.model.config.block_size}")
         if details:
-            if cropped:
-                say(f"{cropped} cut on the left to {self.model.config.block_size} tokens")
-            say("\n".join(hellaswag.score_lines(correct, correct_norm, total)))
+            print0("\n".join(hellaswag.score_lines(correct, correct_norm, total)))
         return correct_norm / total
 
-    def sample(self, live=None):
-        """The prompt continued num_samples times: texts, on the main process.
-
-        live(ids) is given the tokens of sample 0 as they come. The generator is its own, seeded 42
-        every time: no other random state moves.
-        """
+    def sample(self):
+        """num_samples continuations of the prompt (strings); [] if off. Its own generator has seed 42."""
         if not self.prompt:
             return []
-        cfg, device = self.cfg, self.dist.device
-        idx = torch.tensor(self.prompt, device=device).repeat(cfg.num_samples, 1)
+        args, device = self.args, self.dist.device
+        idx = torch.tensor(self.prompt, device=device).repeat(args.num_samples, 1)
         generator = torch.Generator(device=device).manual_seed(42)
-        n_new = tokens.sample_length(cfg, self.tokenizer) - idx.size(1)
-        columns = [idx]
-        with self.quick():
-            for column in self.model.generate(idx, n_new, cfg.temperature, cfg.top_k,
-                                              self.tokenizer.n_vocab, generator):
-                columns.append(column)
-                if live:
-                    live(column[0].tolist())
-        return [self.tokenizer.decode(row) for row in torch.cat(columns, dim=1).tolist()]
+        n_new = sample_length(args, self.tokenizer) - idx.size(1)
+        with self.evaluation_mode():
+            new = self.model.generate(idx, n_new, args.temperature, args.top_k, self.tokenizer.n_vocab,
+                                      generator)
+            idx = torch.cat([idx, *new], dim=1)
+        return [self.tokenizer.decode(ids) for ids in idx.tolist()]
 
-
-def evaluate_only(evaluator):
-    """Validation loss, HellaSwag and samples of loaded weights; writes nothing."""
-    evaluator.validate()
-    evaluator.score_hellaswag(details=True)
-    if not evaluator.prompt:
-        return
-    decode = evaluator.tokenizer.stream()
-    print(f"sample 0: {decode(evaluator.prompt)}", end="", flush=True)
-    texts = evaluator.sample(live=lambda ids: print(decode(ids), end="", flush=True))
-    print()
-    for i, text in enumerate(texts[1:], start=1):
-        print(f"sample {i}: {text}")
+    def evaluate_only(self):
+        """Print validation loss, HellaSwag accuracy and samples."""
+        try:
+            self.validate()
+            self.score_hellaswag(details=True)
+        except TrainingInterrupted:
+            reason = self.stop.data_error_message() if self.stop.data_failed else "interrupted"
+            raise RunError(reason) from None
+        for i, text in enumerate(self.sample()):
+            print0(f"sample {i}: {text}")
 
 
 # -----------------------------------------------------------------------------
-# One step
+# One optimizer step
 
 
 class Trainer:
-    """A run in progress: its weights, its optimizers, and the next batch.
+    """Training state: model, optimizers, step, and the prefetched micro-batch.
 
-    raw_model is the model itself, for checkpoints, samples and batches of any shape; model is the
-    same in DDP and compiled. facts: what every checkpoint of this run says of it. saved: a
-    checkpoint to go on from, or None.
+    raw_model: the unwrapped module, with the weights of resume_ckpt if there is one. model: raw_model wrapped
+    in DDP and torch.compile. run_metadata: config, flags etc. that every checkpoint records. resume_ckpt:
+    checkpoint whose optimizer state is restored, or None.
     """
 
-    def __init__(self, cfg, dist, raw_model, loader, stop, facts, saved=None):
-        self.cfg, self.dist, self.raw_model, self.loader = cfg, dist, raw_model, loader
-        self.stop, self.facts = stop, facts
-        self.saver = checkpoint.Saver(cfg.log_dir)
+    def __init__(self, args, dist, raw_model, model, loader, stop, run_metadata, resume_ckpt=None):
+        self.args, self.dist, self.stop, self.run_metadata = args, dist, stop, run_metadata
+        self.raw_model, self.model, self.loader = raw_model, model, loader
         self.step = 0  # completed updates
         self.val_loss = None  # at this step
-        self.model, self.compiled = machine.wrap(raw_model, dist, cfg.compile)
-        self.optimizers = raw_model.make_optimizers(cfg, dist.device.type,
-                                                    cfg.zero and dist.world_size > 1)
-        # float16 takes small gradients for zero: the scaler makes the loss, and so them, larger
-        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.dtype == "float16")
-        if saved:
-            self.restore(saved)
-        # nothing but the step is needed to know which tokens come next
+        zero = args.zero and dist.world_size > 1
+        self.optimizers = raw_model.make_optimizers(args, dist.device.type, zero)
+        # float16's smallest positive value is 6e-8; smaller gradients become 0. The scaler multiplies the
+        # loss, and thereby the gradients, by a large factor and divides it out before clipping.
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=args.dtype == "float16")
+        if resume_ckpt:
+            self.load_state(resume_ckpt)
         loader.reset(self.step)
         self.fetch_batch()
+        if stop.data_error:
+            raise stop.data_error
 
-    def restore(self, saved):
-        """Optimizers, random state and step of a checkpoint; the model has its weights already."""
-        for kind, state in saved.pop("optimizer").items():
-            machine.load_optimizer(self.optimizers[kind], state)
-        self.scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        self.step = saved["step"]
+    def load_state(self, ckpt):
+        """Restore optimizers, scaler, random state and step from a checkpoint."""
+        for name, state in ckpt.pop("optimizer").items():  # pop: free the memory
+            load_optimizer_state(self.optimizers[name], state)
+        if ckpt["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(ckpt["scaler"])
+        torch.set_rng_state(ckpt["rng"])
+        self.step = ckpt["step"]
 
     def fetch_batch(self):
-        """Read the next batch while the device works, and queue its copy behind that work."""
-        cuda = self.dist.device.type == "cuda"
-        # Only a pinned copy may be left to itself: an Apple GPU would read memory that has been
-        # given away by then (github.com/pytorch/pytorch/issues/189690).
-        self.batch = [(t.pin_memory() if cuda else t).to(self.dist.device, non_blocking=cuda)
-                      for t in self.loader.next_batch()]
+        """Read the next micro-batch and start its copy while the device computes.
+
+        If reading fails, keep the old batch and set stop.data_error: all ranks then discard this update.
+        """
+        device, is_cuda = self.dist.device, self.dist.device.type == "cuda"
+        try:
+            batch = self.loader.next_batch()
+        except DataError as e:
+            self.stop.data_error = e
+            return
+        # non_blocking needs pinned memory; from pageable memory it is unsafe on MPS (pytorch#189690).
+        self.batch = [(t.pin_memory() if is_cuda else t).to(device, non_blocking=is_cuda) for t in batch]
 
     def update(self, lr):
-        """One update from total_batch_size tokens: (loss, gradient norm before clipping).
+        """Do one optimizer step on total_batch_size tokens: (loss, gradient norm before clipping).
 
-        The loss is the mean over micro-steps and processes. Neither a loss nor a norm that is not
-        finite reaches the weights.
+        The loss is the mean over micro-steps and ranks. Raises RunError before a non-finite loss or gradient
+        reaches the weights, and TrainingInterrupted if any rank could not read its data.
         """
-        cfg, device, grad_accum_steps = self.cfg, self.dist.device, self.loader.grad_accum_steps
+        args, device, grad_accum_steps = self.args, self.dist.device, self.loader.grad_accum_steps
+        self.raw_model.train()
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            x, y = self.batch  # it came while the last micro-step ran
-            # Gradients add up on each process by themselves; exchanging them once, behind the last
-            # micro-step, is enough. DDP reads that decision in its forward, so it wraps both.
-            alone = self.dist.world_size > 1 and micro_step < grad_accum_steps - 1
-            with self.model.no_sync() if alone else contextlib.nullcontext():
-                with autocast(cfg, device):
+            x, y = self.batch  # prefetched during the previous micro-step
+            # DDP averages gradients over the ranks during backward(). Gradients accumulate, so only the last
+            # micro-step needs that. DDP decides in its forward: no_sync() must cover forward and backward.
+            skip_sync = self.dist.world_size > 1 and micro_step < grad_accum_steps - 1
+            with self.model.no_sync() if skip_sync else contextlib.nullcontext():
+                with autocast(args, device):
                     _, loss = self.model(x, y)
-                # F.cross_entropy takes the mean over its B * T tokens, and backward() adds up over
-                # the micro-steps. A sum of means is no mean: dividing each of them makes it that of
-                # the whole batch, as if it had gone through at once.
+                # cross_entropy averages over B*T tokens, and backward() sums over micro-steps. Dividing by
+                # grad_accum_steps gives the gradient of the mean over the whole batch.
                 loss = loss / grad_accum_steps
                 self.scaler.scale(loss).backward()
             loss_accum += loss.detach()
             self.fetch_batch()
-        # the gradients are those of the whole batch now, the same on all processes
-        loss, norm = self.clip_and_agree(loss_accum)
+        loss, norm = self.clip_and_all_reduce(loss_accum)
+        if self.stop.data_failed:
+            raise TrainingInterrupted
         self.check_finite(loss, norm)
-        # the update itself, with the rate of this step; then the gradients are forgotten
         for optimizer in self.optimizers.values():
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr * param_group.get("ratio", 1.0)
-            if math.isfinite(norm):  # in float16 one may overflow: then no optimizer steps
+            if math.isfinite(norm):  # after a float16 overflow no optimizer may step
                 self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self.step, self.val_loss = self.step + 1, None
         return loss, norm
 
-    def clip_and_agree(self, loss_accum):
-        """Clip the gradients; (mean loss over the processes, norm before clipping) as numbers."""
+    def clip_and_all_reduce(self, loss_accum):
+        """Clip the gradients; return (mean loss over ranks, norm before clipping) as floats."""
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
-        # One strange batch must not rule the optimizer's averages for many steps: its gradient gets
-        # no longer than this.
-        norm = nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.cfg.grad_clip or math.inf)
-        # whether a signal came rides along, so that all processes stop behind the same step
-        stop = loss_accum.new_full((), float(self.stop.here()))
-        shared = torch.stack([loss_accum, stop])
+        # Clip so that one outlier batch cannot dominate the optimizer's moment estimates. A rising norm is an
+        # early sign of instability.
+        norm = nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.grad_clip or math.inf)
+        # Piggyback the stop flags on the loss all-reduce so that all ranks stop after the same step.
+        flags = (loss_accum.new_full((1,), float(flag)) for flag in self.stop.local_flags())
+        shared = torch.cat([loss_accum.view(1), *flags])
         if self.dist.world_size > 1:
             torch.distributed.all_reduce(shared)
-        loss, stop, norm = torch.cat([shared, norm.view(1)]).tolist()  # the one wait for the device
-        self.stop.agreed = stop > 0
+        # .tolist() is the only host-device synchronization of the step (float16's scaler adds one).
+        loss, *flags, norm = torch.cat([shared, norm.view(1)]).tolist()
+        self.stop.set_agreed(flags)
         return loss / self.dist.world_size, norm
 
     def check_finite(self, loss, norm):
-        """End the run before a loss or a norm that is not finite spoils the weights."""
+        """Raise RunError for a non-finite loss or norm, unless the float16 scaler can recover."""
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.get_scale() > 1):
-            return  # float16 overflowed: update() skips this step, and the scaler halves its scale
-        rows, names = list(self.loader.where(self.step)), self.loader.tokens.names
-        (*_, first, start), (*_, last, end) = rows[0], rows[-1]
-        raise RunError(
-            f"step {self.step}: loss {loss}, gradient norm {norm}. The weights were not updated, "
-            f"the last good checkpoint in {self.cfg.log_dir} is as it was. The step reads "
-            f"{names[first]} offset {start} to {names[last]} offset {end + self.cfg.T}; --inspect "
-            f"{self.step} shows it")
+            return  # float16 overflow: update() skips the optimizer step and the scaler halves its scale
+        what = f"gradient norm ({norm})" if math.isfinite(loss) else f"loss ({loss})"
+        *_, shard, offset = next(self.loader.locate(self.step))
+        raise RunError(f"step {self.step}: non-finite {what}. Weights not updated; the last checkpoint in "
+                       f"{self.args.log_dir} is intact. Batch: {self.loader.tokens.names[shard]} offset "
+                       f"{offset} and later; show its text with --inspect {self.step}")
 
-    def save(self, keep=False, must=False):
-        """Write a checkpoint, while training goes on; with `must` it is written on return.
+    def save(self, permanent=False, final=False):
+        """Write last.pt, and if permanent also model_{step:05d}.pt. All ranks must call it.
 
-        All processes call it: under --zero each gives its share.
+        A failed write prints a warning; with final it raises RunError.
         """
-        optimizers = {k: machine.optimizer_state(o, self.dist) for k, o in self.optimizers.items()}
+        optimizers = {name: full_optimizer_state(o, self.dist) for name, o in self.optimizers.items()}
         if self.dist.master_process:
-            finished = self.step == self.cfg.max_steps and keep
-            self.saver.save(self.facts | dict(
-                model=self.raw_model.state_dict(), optimizer=optimizers,
-                scaler=self.scaler.state_dict(), step=self.step, val_loss=self.val_loss,
-                rng=torch.get_rng_state(), finished=finished), keep, must)
+            finished = final and permanent and self.step == self.args.max_steps
+            state = self.run_metadata | dict(
+                model=self.raw_model.state_dict(), optimizer=optimizers, scaler=self.scaler.state_dict(),
+                step=self.step, val_loss=self.val_loss, rng=torch.get_rng_state(), finished=finished)
+            save_checkpoint(state, self.args.log_dir, permanent, final)
 
 
 # -----------------------------------------------------------------------------
-# The loop
+# Training loop
 
 
-def train(cfg, dist, trainer, evaluator, reporter, stop):
-    """Do what is due, then one update, until max_steps updates are done.
+def train(trainer, evaluator, run_log):
+    """Evaluate and save when due, then do one update, until max_steps updates are done.
 
-    The last round only evaluates and saves: so the final weights are seen, and a resume at step s
-    begins with what is due at s. reporter: on the main process.
+    The last iteration only evaluates and saves the final weights. A run resumed at step s repeats the
+    evaluation and the save that are due at s. run_log: RunLog on rank 0, None elsewhere.
     """
+    args = trainer.args
     while True:
-        step, last_step = trainer.step, trainer.step == cfg.max_steps
+        step, last_step = trainer.step, trainer.step >= args.max_steps
 
-        # once in a while: how good is it on text that it is not trained on, and what does it write?
-        if step % cfg.eval_every == 0 or last_step:
-            val_loss = evaluator.validate()
-            # ... and does it know how everyday sentences go on?
-            hella = evaluator.score_hellaswag()
-            trainer.val_loss = val_loss
-            if dist.master_process:
-                reporter.scalars(step, val=val_loss, hella=hella)
-                # an untrained model writes noise: no samples at step 0
-                texts = evaluator.sample() if step > 0 else []
-                for i, text in enumerate(texts):
-                    reporter.sample(step, i, text)
-                if 0 < step < cfg.max_steps:  # at its end a run draws anyway
-                    reporter.draw()
+        # once in a while: validation loss, HellaSwag, samples
+        if args.eval_every and (step % args.eval_every == 0 or last_step):
+            trainer.val_loss = evaluator.validate()
+            hella_acc = evaluator.score_hellaswag()
+            if run_log:
+                run_log.log(step, val=trainer.val_loss, hella=hella_acc)
+                if step > 0:  # the untrained model writes noise
+                    run_log.log_samples(step, evaluator.sample())
+                    run_log.draw_curves()
 
-        # once in a while: everything that a resume needs goes to the disk; some of it stays there
-        keep = last_step or is_due(step, cfg.checkpoint_every)  # under a name of its own
-        if keep or is_due(step, cfg.save_every):
-            trainer.save(keep, must=last_step)
-        # the weights behind the last update have been evaluated and saved: that is the end
+        # once in a while: checkpoint
+        permanent = last_step or is_due(step, args.checkpoint_every)
+        if permanent or is_due(step, args.save_every):
+            trainer.save(permanent, final=last_step)
         if last_step:
             return
 
-        # one step of optimization; its time is all that dt counts
+        # one optimizer step; dt excludes evaluation and saving. update() waits for the device before the last
+        # optimizer kernels, which run during the next step: averages of dt are right, single values shifted.
         t0 = time.perf_counter()
-        lr = trainer.raw_model.schedule(step, cfg)
+        lr = trainer.raw_model.schedule(step, args)
         loss, norm = trainer.update(lr)
         dt = time.perf_counter() - t0
-        if dist.master_process:
-            reporter.update(step, loss, norm, lr, dt)
+        if run_log:
+            run_log.log_update(step, loss, norm, lr, dt)
 
-        # Ctrl-C or SIGTERM, on any process: all of them leave here
-        if stop.agreed:
-            raise Stopped
+        # any rank received a signal: all ranks stop here
+        if trainer.stop.agreed:
+            raise TrainingInterrupted
 
 
 def is_due(step, every):
-    """Whether something that happens every so many steps happens now; never at 0, 0 = never."""
+    """True every `every` steps, but not at step 0; never if every is 0."""
     return step > 0 and every > 0 and step % every == 0
 
 
+# =============================================================================
+# Part 2: machinery
+# =============================================================================
+
 # -----------------------------------------------------------------------------
-# Setting up. Every check comes before anything is written, and every process makes the same ones by
-# itself; so a mistake is found by all of them (plumbing/errors.py).
+# Distributed setup and device
 
 
-def make_config(given, saved, weights, dist, model_class):
-    """The TrainConfig of this call."""
-    preset = saved["flags"]["preset"] if saved else given.get("preset", "auto")
-    if preset == "auto":
-        preset, why = choose_preset(given, dist, SHARDS)
-        if not given.get("eval_only") and not given.get("export_hf"):
-            say(f"preset {preset}: {why}" + ("; for the real run: python fineweb.py --ready 10, "
-                                             "then this command on a GPU" * (preset == "smoke")))
-    cfg = settle(TrainConfig, model_class.presets, preset, given, saved, weights)
-    if "T" not in given:
-        cfg["T"] = min(cfg["T"], cfg["block_size"])
-    if "data" in given:
-        cfg["data"] = os.path.abspath(given["data"])
-    if saved and cfg["dtype"] == "auto":
-        cfg["dtype"] = saved["flags"]["dtype"]
-    return TrainConfig(**cfg)
+@dataclass(frozen=True)
+class Dist:
+    """Rank, world size and device of this process, with collectives that also work for one process.
+
+    A rank that raised an error must not enter a collective: the other ranks may not reach it.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def master_process(self):
+        return self.rank == 0
+
+    def all_reduce_sum(self, values):
+        """Elementwise sum over the ranks of a list of numbers."""
+        if self.world_size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def all_gather_object(self, value=None):
+        """List of the picklable values of all ranks; also a barrier."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
 
-def choose_B(cfg, rows, model, dist):
-    """Rows per micro-step: what --B says, or the largest power of two that divides and fits."""
-    if cfg.B or cfg.eval_only:
-        return cfg.B or 8
-    # the smaller B is, the more micro-steps make up the same step: the result does not change
-    sizes = [b for b in (64, 32, 16, 8, 4, 2, 1) if rows % b == 0]
+@contextlib.contextmanager
+def init_distributed(device_name):
+    """Read torchrun's environment, choose the device and yield a Dist inside a process group."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if rank >= world_size:
+        raise UserError(f"RANK is {rank} but WORLD_SIZE is {world_size}; start with torchrun, or unset both")
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = choose_device(device_name, local_rank, local_world_size, world_size)
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32: tensor cores, 10 mantissa bits instead of 23
+    else:
+        keep_freed_memory()
+    if world_size > 1:
+        try:  # the other ranks wait while rank 0 saves: allow 30 minutes
+            torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(minutes=30),
+                                                 device_id=device if is_cuda else None)
+        except ValueError as e:  # for example MASTER_ADDR is not set
+            raise UserError(f"cannot start {world_size} ranks ({one_line(e)}); start with torchrun, or unset "
+                            "WORLD_SIZE") from e
+    dist = Dist(rank, local_rank, world_size, device)
+    dist.all_gather_object()  # if rank 0 fails before all have connected, they print connection errors
+    yield dist
+    if world_size > 1:  # skipped after an error: the other ranks would print connection errors that hide it
+        torch.distributed.destroy_process_group()
+
+
+def choose_device(name, local_rank, local_world_size, world_size):
+    """The torch.device of this rank. Raises UserError."""
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        fallback = "mps" if has_mps and world_size == 1 else "cpu"
+        name = "cuda" if torch.cuda.is_available() else fallback
+    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name):
+        raise UserError(f"--device {name}: choose cuda, cuda:0, cuda:1, ..., mps or cpu")
+    if name == "mps" and not has_mps:
+        raise UserError("--device mps: no Apple GPU is available; use --device cpu")
+    if world_size > 1 and name not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: several ranks need --device cuda or --device cpu")
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    n_gpus, index = torch.cuda.device_count(), int(name.partition(":")[2] or local_rank)
+    if local_world_size > n_gpus > 0:
+        raise UserError(f"{local_world_size} ranks on this machine but {n_gpus} GPUs; use "
+                        f"--nproc_per_node={n_gpus}")
+    if index >= n_gpus:
+        raise UserError(f"--device {name}: {n_gpus} CUDA devices are available")
+    return torch.device("cuda", index)
+
+
+def resolve_dtype(name, device):
+    """The dtype of --dtype auto: bfloat16 or float16 on CUDA, float32 elsewhere."""
+    if name != "auto" or device.type != "cuda":
+        return "float32" if name == "auto" else name
+    if torch.version.hip:  # AMD GPUs have architecture names instead of capabilities
+        arch = torch.cuda.get_device_properties(device).gcnArchName
+        return "float16" if re.match("gfx(8|90[02469c]|10)", arch) else "bfloat16"
+    # not torch.cuda.is_bf16_supported(), which counts slow emulation
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+
+
+def check_mps(args, B, device):
+    """Raise UserError for settings that torch computes incorrectly on Apple GPUs."""
+    if device.type == "mps" and not args.eval_only and B * args.T >= 32767:
+        raise UserError(f"--B {B} --T {args.T}: sums of 32,767 or more terms are wrong on M1 and M2 GPUs "
+                        "(pytorch#195163); use a smaller --B or --T")
+    if device.type == "mps" and args.dtype != "float32" and torch.__version__ < (2, 13):
+        raise UserError(f"--dtype {args.dtype}: attention on mps leaks later tokens before torch 2.13 "
+                        "(pytorch#195910); use --dtype float32 or a newer torch")
+
+
+def apply_head(head, x):
+    """head(x) for the output head, an nn.Linear (C -> V); on MPS in slices of the vocabulary.
+
+    Its backward pass sums over the vocabulary, and sums of 32,767 or more terms are wrong on M1 and M2 GPUs
+    (pytorch#195163).
+    """
+    if x.device.type != "mps":
+        return head(x)
+    weights = head.weight.split(16384)
+    biases = [None] * len(weights) if head.bias is None else head.bias.split(16384)
+    return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
+
+
+def sdpa_for_any_shape():
+    """Context: disable cuDNN attention, which on Hopper takes seconds to plan for each new shape."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory: each page returned to the system costs a page fault in the next step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX = 0: large tensors come from the heap, too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never trim
+
+
+def can_compile(device):
+    """Try a tiny torch.compile; if it fails (no gcc, no Triton, old GPU) print a warning, return False."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as e:
+        warn(f"torch.compile failed ({one_line(e)}); continuing without it")
+        return False
+
+
+def wrap_ddp_and_compile(model, dist, use_compile):
+    """Wrap the model in DDP if there are several ranks, then compile it.
+
+    DDP averages gradients over the ranks. torch.compile fuses elementwise operations into few kernels, so
+    activations make fewer trips to GPU memory, and removes Python overhead.
+    """
+    if dist.world_size > 1:
+        # torch.compile splits the graph at bucket boundaries: use 100 MB instead of 25 MB
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[dist.device.index] if dist.device.type == "cuda" else None,
+            gradient_as_bucket_view=True, bucket_cap_mb=100)
+    if not use_compile:
+        return model
+    if dist.device.type == "cpu":  # the compiled embedding backward uses atomic adds in any order
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    return torch.compile(model)
+
+
+def make_optimizer(optimizer_class, params, zero, **settings):
+    """Create the optimizer; with zero, shard its state over the ranks (ZeRO stage 1, arXiv 1910.02054)."""
+    if not zero:
+        return optimizer_class(params, **settings)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(params, optimizer_class=optimizer_class, **settings)
+
+
+def full_optimizer_state(optimizer, dist):
+    """Return the optimizer's state_dict; with ZeRO, gather its shards on rank 0. Collective.
+
+    Each tensor is broadcast from its owner: consolidate_state_dict() takes 40 s at 124M.
+    """
+    if not hasattr(optimizer, "optim"):
+        return optimizer.state_dict()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    shard = optimizer.optim.state
+    owners = dist.all_reduce_sum([dist.rank if p in shard else 0 for p in params])
+    # Rank 0 always owns the largest tensor; its state has the same keys as all others.
+    example = next(iter(shard.values()), {})
+    keys = dist.all_gather_object([key for key, value in example.items() if value.dim()])[0]
+    states = {}
+    for i, (p, owner) in enumerate(zip(params, owners, strict=True)):
+        states[i] = {k: v.clone() for k, v in example.items() if not v.dim()}  # step counters
+        for key in keys:
+            tensor = shard[p][key] if owner == dist.rank else torch.empty_like(p)
+            torch.distributed.broadcast(tensor, int(owner))
+            if dist.master_process:
+                states[i][key] = tensor.detach().cpu()
+    index = {id(p): i for i, p in enumerate(params)}
+    groups = [g | {"params": [index[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
+    return {"state": states, "param_groups": groups}
+
+
+def load_optimizer_state(optimizer, saved):
+    """Load a full state_dict; with ZeRO, keep only this rank's shard.
+
+    Group settings (betas, weight decay, ...) come from the flags, not from the checkpoint. "ratio", the
+    learning rate multiplier, comes from the checkpoint, and lr is set at each update.
+    """
+    groups = [new | {key: old[key] for key in ("params", "lr", "ratio") if key in old}
+              for new, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    is_sharded = hasattr(optimizer, "optim")
+    for p, values in (optimizer.optim if is_sharded else optimizer).state.items():
+        for key, value in values.items():
+            if key == "step" and is_sharded:
+                value = value.to(p.device)  # ZeRO leaves it on the CPU
+            # load_state_dict keeps CPU tensors, which are views of the memory-mapped file
+            values[key] = value.clone() if value.device.type == "cpu" else value
+    if is_sharded:
+        optimizer.state.clear()  # ZeRO keeps a second copy of the shard here
+
+
+# -----------------------------------------------------------------------------
+# Signals and data errors
+
+PARENT_PID = os.getppid()
+
+
+class TrainingInterrupted(Exception):
+    """Raised on all ranks together; the run then saves and stops."""
+
+
+class StopSignal:
+    """Stop requests of this rank, and those that all ranks know of (agreed, data_failed).
+
+    SIGTERM, SIGINT, SIGHUP and the death of torchrun stop at the next step or evaluation batch; a second
+    signal exits at once. A data error stops with status 1.
+    """
+
+    def __init__(self, dist):
+        self.dist = dist
+        self.local_signal, self.signal_time = 0, 0.0
+        self.data_error = None  # the DataError of this rank
+        self.agreed = self.data_failed = False
+
+    @contextlib.contextmanager
+    def handlers(self):
+        """Install the signal handlers, in the main thread, and restore the old ones."""
+        signums = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signums.append(signal.SIGHUP)  # it is ignored under nohup
+        if threading.current_thread() is not threading.main_thread():
+            signums = []
+        old_handlers = {signum: signal.signal(signum, self.handle) for signum in signums}
+        try:
+            yield
+        finally:
+            for signum, handler in old_handlers.items():
+                signal.signal(signum, handler)
+
+    def handle(self, signum, frame):
+        # Slurm signals torchrun and its workers, and torchrun forwards the signal, so workers receive it
+        # twice. Signals within one second count as one.
+        if self.local_signal and time.monotonic() - self.signal_time > 1:
+            os._exit(128 + signum)
+        if not self.local_signal:
+            self.local_signal, self.signal_time = signum, time.monotonic()
+
+    def local_flags(self):
+        """[signal, data error] of this rank as 0 or 1, to be summed over the ranks."""
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT_PID:  # torchrun died
+            self.local_signal = self.local_signal or signal.SIGTERM
+        return [int(self.local_signal > 0), int(self.data_error is not None)]
+
+    def set_agreed(self, flags):
+        self.agreed, self.data_failed = (flag > 0 for flag in flags)
+
+    def check(self):
+        """Raise TrainingInterrupted on all ranks if any rank has a reason to stop. Collective."""
+        self.set_agreed(self.dist.all_reduce_sum(self.local_flags()))
+        if self.agreed or self.data_failed:
+            raise TrainingInterrupted
+
+    def data_error_message(self):
+        """The message of the first rank that could not read its data. Collective."""
+        messages = self.dist.all_gather_object(self.data_error and str(self.data_error))
+        rank, message = next((rank, m) for rank, m in enumerate(messages) if m)
+        return message if rank == self.dist.rank else f"rank {rank}: {message}"
+
+
+# -----------------------------------------------------------------------------
+# Checkpoint files
+#
+# A checkpoint is a dict of plain data that torch.load(weights_only=True) reads without this code:
+#   arch        "gpt2" (also if missing) or "modern": the script that it belongs to
+#   model       state_dict without the prefixes of torch.compile and DDP
+#   optimizer   {name: state_dict}, the same with and without --zero; scaler: of float16, else {}
+#   step        completed updates; val_loss: at this step, or None; rng: torch's CPU random state
+#   config      GPTConfig fields; flags: all flags of the run
+#   tokenizer   "gpt2" or "bytes"; data: identity of the training data, independent of its path
+#   finished    whether the run is complete, including its last evaluation
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a binary file that replaces `path` once it is complete and on disk; else `path` is unchanged."""
+    tmp = f"{path}.tmp"
+    try:
+        with open(tmp, "w+b") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(tmp)
+        raise
+    with contextlib.suppress(OSError):  # Windows and some file systems cannot sync a directory
+        fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def link_or_copy(source, path):
+    """Make `path` a hard link to `source`, or a copy where links are not supported."""
+    tmp = f"{path}.link.tmp"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(tmp)
+    try:
+        os.link(source, tmp)
+        os.replace(tmp, path)
+    except OSError:
+        with open(source, "rb") as old, atomic_write(path) as new:
+            shutil.copyfileobj(old, new)
+
+
+def save_checkpoint(state, log_dir, permanent, final):
+    """Write last.pt, then link it to model_{step:05d}.pt if permanent.
+
+    A failed write leaves the older files intact. It is a warning, or if final a RunError.
+    """
+    t0, step, last = time.perf_counter(), state["step"], os.path.join(log_dir, "last.pt")
+    try:
+        with atomic_write(last) as f:
+            torch.save(state, f)
+        if permanent:
+            link_or_copy(last, os.path.join(log_dir, f"model_{step:05d}.pt"))
+        print0(f"saved {last}: step {step}, {os.path.getsize(last) / 1e6:,.0f} MB in "
+               f"{time.perf_counter() - t0:.2f} s")
+    except (OSError, RuntimeError, MemoryError) as e:
+        message = f"could not save the checkpoint of step {step} ({one_line(e)})"
+        if final:
+            raise RunError(f"{message}; the previous one in {log_dir} is intact. Free some disk space, then "
+                           "rerun with --resume") from None
+        warn(f"{message}; the previous one is intact, training continues")
+
+
+class PickledConfig:
+    """Placeholder for build-nanogpt's pickled GPTConfig; only its attributes are read."""
+
+
+def load_checkpoint(path):
+    """Load a checkpoint of this project or of build-nanogpt as a dict. Raises UserError.
+
+    Verifies the CRC and executes no code. On POSIX the tensors are mapped from the file, so that ranks on
+    one machine share the memory.
+    """
+    allowed = [(PickledConfig, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2", "model")]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # The CRC does not cover external attributes; torch reads entries with the directory bit as empty.
+            odd = (info.filename for info in archive.infolist() if info.external_attr)
+            damaged = archive.testzip() or next(odd, None)
+        if damaged:
+            raise ValueError(f"damaged in {damaged}")
+        with torch.serialization.safe_globals(allowed):
+            load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
+            try:
+                ckpt = load(mmap=os.name == "posix")
+            except (OSError, RuntimeError):  # storage without mmap
+                ckpt = load()
+        config = ckpt["config"]
+        ckpt["config"] = dict(config if isinstance(config, dict) else vars(config))
+        ckpt["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): value
+                         for name, value in ckpt["model"].items()}
+        return ckpt
+    except FileNotFoundError:
+        raise UserError(f"no such checkpoint: {path}") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} contains more than plain data; not loaded") from None
+    except (OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
+            zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f"{path} is not a valid checkpoint ({one_line(e)})") from None
+
+
+def peek_checkpoint(path):
+    """Load a checkpoint without tensor data, unverified. Raises the errors of torch.load."""
+    return torch.load(path, map_location="meta", mmap=True, weights_only=True)
+
+
+def find_latest_checkpoint(log_dir):
+    """Load the valid checkpoint of the largest step, with an extra key "path"; None if there is none.
+
+    Raises UserError if all of them are damaged.
+    """
+    def step_of(path):
+        number = re.search(r"model_(\d+)\.pt$", path)
+        try:
+            return int(number[1]) if number else peek_checkpoint(path)["step"]
+        except Exception:
+            return math.inf  # unreadable: sorted first, so that its warning is printed
+
+    last = os.path.join(log_dir, "last.pt")
+    paths = [last] * os.path.exists(last) + glob.glob(os.path.join(glob.escape(log_dir), "model_*.pt"))
+    paths.sort(key=step_of, reverse=True)  # stable: last.pt before the permanent one of its step
+    for path in paths:
+        try:
+            ckpt = load_checkpoint(path)
+            if not {"optimizer", "flags", "data", "step", "tokenizer", "scaler", "rng"} <= {*ckpt}:
+                raise UserError(f"{path} holds weights only; start from it with --init {path}")
+            return ckpt | {"path": path, "data": data_identity(ckpt["data"])}
+        except UserError as e:
+            warn(f"{e}" + ("; trying the previous checkpoint" if path != paths[-1] else ""))
+    if paths:
+        raise UserError(f"no valid checkpoint among {len(paths)} in {log_dir}; to start fresh, omit --resume")
+    return None
+
+
+def shards_identity(names_and_counts):
+    """String that identifies the training data by the names and token counts of its shards."""
+    pairs = [list(pair) for pair in names_and_counts]
+    digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    return f"{len(pairs)} shards, {sum(count for _, count in pairs):,} tokens, {digest[:12]}"
+
+
+def text_identity(sha256, n_tokens):
+    return f"text, {n_tokens:,} tokens, {sha256[:12]}"
+
+
+def data_identity(saved):
+    """The identity of the data in a checkpoint; earlier versions stored a dict."""
+    if isinstance(saved, str):
+        return saved
+    if saved["shards"]:
+        return shards_identity(saved["shards"])
+    return text_identity(saved["kind"].removeprefix("text "), saved["tokens"])
+
+
+def is_finished(ckpt, args):
+    """Return whether the run is complete at this --max_steps; if so, print it.
+
+    Raises UserError if max_steps is below its step.
+    """
+    step, path, val_loss = ckpt["step"], ckpt["path"], ckpt["val_loss"]
+    if args.max_steps < step:
+        raise UserError(f"--max_steps {args.max_steps} is below step {step} of {path}")
+    # older checkpoints do not have the key
+    finished = ckpt.get("finished", step == ckpt["flags"]["max_steps"] and val_loss is not None)
+    if not finished or step < args.max_steps:
+        return False
+    last, kept = (os.path.join(args.log_dir, name) for name in ("last.pt", f"model_{step:05d}.pt"))
+    if rank() == 0 and not (path == last and os.path.exists(kept)):  # killed before the link
+        link_or_copy(path, kept if path == last else last)
+    loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
+    print0(f"the run in {args.log_dir} is finished: {step} steps{loss}; to train longer, add a larger "
+           "--max_steps")
+    return True
+
+
+def load_weights(name):
+    """Load a checkpoint by path, or Hugging Face weights by name or directory, as a dict with config,
+    model, tokenizer and flags. Raises UserError."""
+    if name not in GPT2_SIZES and not os.path.isfile(os.path.join(name, "model.safetensors")):
+        if os.path.isdir(name):
+            last = os.path.join(name, "last.pt")
+            hint = f"use --init {last}" if os.path.isfile(last) else "and holds no last.pt"
+            raise UserError(f"--init {name} is a directory; {hint}")
+        return load_checkpoint(name)
+    transformers = import_optional("transformers", f"--init {name}")
+    try:
+        return hf_to_checkpoint(transformers.GPT2LMHeadModel.from_pretrained(name))
+    except (OSError, ValueError) as e:
+        raise UserError(f"could not load {name} from Hugging Face ({one_line(e)})") from e
+
+
+def hf_to_checkpoint(hf):
+    """Convert a transformers.GPT2LMHeadModel to a checkpoint dict without flags."""
+    c = hf.config
+    config = dict(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
+                  n_embd=c.n_embd)
+    state = {name: value for name, value in hf.state_dict().items()
+             if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # buffers, not weights
+    return dict(config=config, model=transpose_conv1d(state), tokenizer="gpt2", flags={})
+
+
+def transpose_conv1d(state):
+    """Transpose the Conv1D weights: OpenAI stores them as (in, out), nn.Linear as (out, in)."""
+    four = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    return {name: value.t().contiguous() if name.endswith(four) else value for name, value in state.items()}
+
+
+def export_hf(model, directory):
+    """Write a directory that transformers loads as GPT-2, without the padded vocabulary."""
+    c = model.config
+    if model.arch != "gpt2" or (c.pos, c.mlp, c.norm) != ("learned", "gelu", "layernorm"):
+        raise UserError("--export_hf needs the GPT-2 architecture: train_gpt2.py with --pos learned --mlp "
+                        "gelu --norm layernorm")
+    transformers = import_optional("transformers", "--export_hf")
+    vocab_size = min(c.vocab_size, 50257)
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    state = transpose_conv1d(model.state_dict())
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        state[name] = state[name][:vocab_size]
+    hf.load_state_dict(state)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        hf.save_pretrained(directory)
+    except OSError as e:
+        raise UserError(f"could not write --export_hf {directory} ({one_line(e)})") from None
+    print0(f"wrote {directory}; load it with GPT2LMHeadModel.from_pretrained({directory!r})")
+
+
+# -----------------------------------------------------------------------------
+# Parsing of flags
+
+
+def number(kind, low, strict=False):
+    """An argparse type: a finite int or float of at least `low`, or above it if strict."""
+    high = 2**63 - 1 if kind is int else sys.float_info.max
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (strict and value == low):  # also rejects nan
+            bound = f"greater than {low}" if strict else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"must be {bound} and at most {high:g}, got {text[:40]}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's own messages
+    return parse
+
+
+positive_int, nonnegative_int = number(int, 1), number(int, 0)
+positive_float, nonnegative_float = number(float, 0.0, strict=True), number(float, 0.0)
+
+
+def nonempty(text):
+    if not text:  # most often an unset shell variable
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse without abbreviations that raises UserError. group_of: {flag: title of its group}."""
+
+    def __init__(self, description, overrides, unsupported):
+        def formatter(prog):
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100)
+
+        super().__init__(description=description, usage="%(prog)s [--flag value ...]", allow_abbrev=False,
+                         formatter_class=formatter)
+        self.overrides, self.unsupported, self.group_of = overrides, unsupported, {}
+
+    def add_group(self, title, description):
+        """Return add(name, type, default, help, ...), which adds a flag to a new group."""
+        group = self.add_argument_group(title, description)
+
+        def add(name, type, default, help, shown=None, **options):
+            if name in self.unsupported:
+                return
+            self.group_of[name] = title
+            if name in self.overrides:
+                default, shown = self.overrides[name], None
+            shown = default if shown is None else shown
+            options["help"] = f"{help} (default: {shown})" if shown != "" else help
+            if type is not None:
+                options["type"] = type
+            group.add_argument(f"--{name}", default=default, **options)
+
+        return add
+
+    def error(self, message):
+        unknown = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
+        close = difflib.get_close_matches(unknown, [f"--{name}" for name in self.group_of], 1, 0.7)
+        hint = f"; did you mean {close[0]}?" if close and close[0] != unknown else ""
+        raise UserError(f"{message}{hint} (see --help)")
+
+
+def parse_cli(parser, argv):
+    """Parse argv into (explicitly given flags, all defaults), two dicts. Raises UserError."""
+    defaults, unset = vars(parser.parse_args([])), object()
+    cli_args = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
+    return {name: value for name, value in cli_args.items() if value is not unset}, defaults
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer, text files and directories of shards
+
+OFFLINE_FIX = ("on a machine with a network, run `TIKTOKEN_CACHE_DIR=bpe python -c \"import tiktoken; "
+               "tiktoken.get_encoding('gpt2')\"`, copy the directory here and set TIKTOKEN_CACHE_DIR to it")
+
+
+class Tokenizer:
+    """Text to GPT-2 token ids and back.
+
+    name: "gpt2" (BPE), or "bytes", which uses only GPT-2's 256 single-byte tokens. n_vocab: number of ids
+    that may be sampled.
+    """
+
+    def __init__(self, bpe=None):
+        self.bpe = bpe
+        self.name, self.n_vocab = ("gpt2", 50257) if bpe else ("bytes", 256)
+        # GPT-2's ids 0..255 are the printable bytes, then the others.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        self.byte_of_id = bytes(printable + sorted({*range(256)} - {*printable}))
+        self.id_of_byte = bytes(map(self.byte_of_id.index, range(256)))
+
+    def encode(self, text):
+        """Token ids of a text, uint16 (n,). <|endoftext|> in it is ordinary text."""
+        if not self.bpe:
+            ids = text.encode("utf-8", "replace").translate(self.id_of_byte)
+            return np.frombuffer(ids, np.uint8).astype(np.uint16)
+        try:
+            return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
+        except ValueError as e:  # tiktoken's regex fails on about a million consecutive spaces
+            raise UserError(f"cannot tokenize the text that starts with {text[:40]!r} ({one_line(e, 100)}); "
+                            "shorten its longest run of spaces") from e
+
+    def decode(self, ids):
+        """Text of token ids; U+FFFD for incomplete characters and unknown ids."""
+        one = self.bpe.decode_bytes if self.bpe else lambda ids: self.byte_of_id[ids[0]:ids[0] + 1]
+        parts = (one([int(i)]) if i < self.n_vocab else b"\xff" for i in ids)
+        return b"".join(parts).decode("utf-8", errors="replace")
+
+
+def get_tokenizer(name="gpt2"):
+    """Load a Tokenizer by name, "gpt2" or "bytes". Raises UserError."""
+    if name == "bytes":
+        return Tokenizer()
+    try:
+        import requests
+        import tiktoken.load
+
+        def read_file(url):  # tiktoken's own download has no timeout
+            response = requests.get(url, timeout=10)
+            response.raise_for_status()
+            return response.content
+
+        tiktoken.load.read_file = read_file
+        return Tokenizer(tiktoken.get_encoding("gpt2"))
+    except ImportError as e:
+        raise UserError(f"{e}; pip install tiktoken requests") from e
+    except Exception as e:  # network, proxy or cache directory
+        raise UserError(f"could not download the GPT-2 vocabulary ({one_line(e, 100)}); {OFFLINE_FIX}") from e
+
+
+def load_tokenizer(name, dist, has_shards, is_needed):
+    """The same Tokenizer on all ranks: rank 0 decides. None if nothing needs one.
+
+    Without the GPT-2 vocabulary, a new run on a text (name None) reads it as byte tokens, and a run on shards
+    has no samples and no HellaSwag, with a warning. Else raises UserError.
+    """
+    tokenizer = None
+    if dist.master_process and is_needed:
+        try:
+            tokenizer = get_tokenizer(name or "gpt2")
+        except UserError as e:
+            if name and not has_shards:
+                raise
+            tokenizer = None if has_shards else get_tokenizer("bytes")
+            warn(f"{e}. " + ("No samples and no HellaSwag" if has_shards else
+                             "Reading the text as byte tokens (ids 0-255)"))
+    name = dist.all_gather_object(tokenizer and tokenizer.name)[0]
+    return tokenizer or (get_tokenizer(name) if name else None)
+
+
+def read_text(path):
+    """Read a UTF-8 text file. Raises UserError, also for data formats that are not plain text."""
+    stem, suffix = os.path.splitext(path)
+    split = split_of(os.path.basename(path)) or "train"
+    if suffix.lower() in (".npy", ".bin"):
+        raise UserError(f"--data {path}: use the directory of the shards, with 'train' and 'val' in their "
+                        f"names. The files of nanoGPT have no header; convert them with np.save("
+                        f"{f'{stem}_{split}_000001.npy'!r}, np.fromfile({path!r}, np.uint16))")
+    if suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst",
+                          ".xz", ".bz2", ".npz", ".pt", ".safetensors", ".pkl"):
+        raise UserError(f"--data {path} is a {suffix} file, not plain text; tokenize documents (.txt, "
+                        f".jsonl, .parquet) with `python fineweb.py --files {path} --out DIR`")
+    try:
+        with open(path, encoding="utf-8-sig") as f:  # without a byte order mark
+            return f.read()
+    except OSError as e:
+        raise UserError(f"cannot read --data {path} ({one_line(e)})") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"--data {path} is not UTF-8 text (byte {e.start:,}); convert it to UTF-8") from e
+
+
+def split_of(name):
+    """'train' or 'val' for the file name of a shard, else None."""
+    if name.startswith(".") or not name.endswith((".npy", ".bin")):
+        return None
+    return ([None] + re.findall(r"(?<![a-zA-Z])(train|val)(?![a-zA-Z])", name))[-1]
+
+
+def open_shard(path):
+    """Check the header and size of a .npy or llm.c-style .bin file. Raises UserError."""
+    try:
+        if path.endswith(".npy"):
+            array = np.load(path, mmap_mode="r")
+            if array.dtype != np.dtype("<u2") or array.ndim != 1:
+                raise UserError(f"{path} holds {array.dtype} {array.shape}, not uint16 (tokens,); save it "
+                                "with np.save(path, tokens.astype(np.uint16).reshape(-1))")
+            count, offset = array.size, array.offset
+        else:
+            magic, version, count = (int(n) for n in np.fromfile(path, "<i4", 3))
+            if (magic, version) != (20240520, 1):
+                raise ValueError("no llm.c header")
+            offset = 1024
+        size = os.path.getsize(path)
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({one_line(e)})") from e
+    except UserError:
+        raise
+    except Exception as e:  # np.load raises many kinds of errors for damaged files
+        raise UserError(f"{path} is not a file of tokens, or is damaged ({one_line(e)}); make or download it "
+                        "again, or move it out of this directory") from e
+    if count <= 0 or size != offset + 2 * count:
+        raise UserError(f"{path} is damaged: {size:,} bytes, but its header promises {count:,} tokens; make "
+                        "or download it again")
+    return Shard(os.path.basename(path), count, path, offset)
+
+
+class Data(NamedTuple):
+    """Token streams of --data, and a string that identifies the training data independent of its path."""
+
+    train: TokenStream
+    val: TokenStream
+    identity: str
+
+
+def load_data(args, is_explicit, ckpt, dist):
+    """Load --data, a directory of shards or a text file, and its tokenizer. Raises UserError.
+
+    Returns (Data, Tokenizer). Data is None if --eval_only needs no validation data, Tokenizer is None if no
+    text is read or printed.
+    """
+    path, data, text = args.data, None, None
+    if args.eval_only and (not args.val_tokens or not (is_explicit or os.path.exists(path))):
+        if args.val_tokens:
+            print0(f"validation is off: no data at {path}")
+    elif path == SMOKE_TEXT and not os.path.exists(path):
+        raise UserError(f"the smoke run reads {path}, which is missing; use --data with a text file")
+    elif os.path.isfile(path):
+        text = read_text(path)
+    else:
+        train, val = open_shards(path)
+        data = Data(train, val, shards_identity(zip(train.names, train.counts, strict=True)))
+    name = ckpt.get("tokenizer", "gpt2") if ckpt else None
+    if data and name == "bytes":
+        raise UserError(f"the checkpoint was trained on byte tokens, but {path} holds GPT-2 tokens; use "
+                        "--data with its text file")
+    decodes = args.num_samples or args.hellaswag or args.inspect is not None
+    tokenizer = load_tokenizer(name, dist, data is not None, is_needed=text is not None or decodes)
+    if text is not None:
+        tokens = tokenizer.encode(text)
+        n = int(0.9 * len(tokens))  # the first 90% are train, the rest val
+        streams = (TokenStream([Shard(os.path.basename(path), len(part), array=part)])
+                   for part in (tokens[:n], tokens[n:]))
+        data = Data(*streams, text_identity(hashlib.sha256(text.encode()).hexdigest(), n))
+    return data, tokenizer
+
+
+def open_shards(path):
+    """(train, val) TokenStreams of the shards in a directory, sorted by name. Raises UserError."""
+    try:
+        names = sorted(os.listdir(path))
+    except FileNotFoundError:
+        fix = "run `python fineweb.py`, or use --data" if path == SHARDS_DIR else "check --data"
+        raise UserError(f"no such file or directory: {path}; {fix}") from None
+    except OSError as e:
+        raise UserError(f"cannot read --data {path} ({one_line(e)})") from e
+    shards = {split: [name for name in names if split_of(name) == split] for split in ("train", "val")}
+    for split, found in shards.items():
+        if not found:
+            raise UserError(f"no {split} shards in {path}: needs a .npy or .bin file with '{split}' in its "
+                            f"name. To tokenize text files: `python fineweb.py --files '{path}/*' --out DIR`")
+    formats = {name[-4:]: name for name in shards["train"] + shards["val"]}
+    if len(formats) > 1:
+        raise UserError(f"{path} holds two data sets, {' and '.join(formats.values())}; keep the .npy or the "
+                        ".bin files")
+    streams = [TokenStream([open_shard(os.path.join(path, name)) for name in shards[split]])
+               for split in ("train", "val")]
+    check_manifest(path, {shard.name: shard.count for stream in streams for shard in stream.shards})
+    return streams
+
+
+def check_manifest(path, counts):
+    """Raise UserError if shards {name: tokens} differ from fineweb.py's manifest.json, if there is one."""
+    try:
+        with open(os.path.join(path, "manifest.json"), encoding="utf-8") as f:
+            manifest = json.load(f)
+        listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
+        is_complete = manifest.get("complete", True)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"manifest.json in {path} was not written by fineweb.py ({one_line(e)})") from e
+    if listed != counts or not is_complete:
+        differing = sorted(dict(listed.items() ^ counts.items()))
+        raise UserError(f"{path} is incomplete or differs from its manifest.json (differing: "
+                        f"{differing[:3]}); rerun the command that made it, or check it with `python "
+                        f"fineweb.py --verify --out {path}`")
+
+
+def encode_prompt(args, tokenizer):
+    """Token ids of --prompt (- = stdin); [] if samples are off. Raises UserError."""
+    if not args.num_samples or tokenizer is None:
+        return []
+    prompt = args.prompt
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if sys.stdin else ""
+    ids = tokenizer.encode(prompt).tolist()
+    limits = dict(block_size=args.block_size, sample_length=sample_length(args, tokenizer) - 1)
+    for name, limit in limits.items():
+        if not 0 < len(ids) <= limit:
+            raise UserError(f"--prompt has {len(ids)} tokens; --{name} allows 1 to {limit}")
+    if max(ids) >= args.vocab_size:
+        warn(f"no samples: the prompt has token {max(ids)}, outside --vocab_size {args.vocab_size}")
+        return []
+    return ids
+
+
+def sample_length(args, tokenizer):
+    return args.sample_length or (128 if tokenizer.name == "bytes" else 32)
+
+
+# -----------------------------------------------------------------------------
+# Run directory and log files
+
+
+def default_log_dir(arch):
+    return "log" if arch == "gpt2" else f"log_{arch}"
+
+
+def lock_log_dir(log_dir):
+    """Lock an existing log_dir until release() or the end of this process. Raises UserError."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(os.path.join(os.path.realpath(log_dir), ".lock"), is_singleton=True)  # re-entrant
+    try:
+        lock.acquire(timeout=2.0)  # a run that was just killed may still be exiting
+    except Timeout:
+        raise UserError(f"another run is writing to {log_dir}; use another --log_dir, or wait") from None
+    except (NotImplementedError, OSError) as e:
+        if getattr(e, "errno", None) not in (None, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise UserError(f"cannot write to --log_dir {log_dir} ({one_line(e)})") from None
+        warn(f"{log_dir} has no file locks ({one_line(e)}); make sure that no other run writes to it")
+    return lock
+
+
+def open_log_dir(args):
+    """Create and lock the run directory; a fresh run renames an older one to log_dir.N. Raises UserError."""
+    path = os.path.realpath(args.log_dir)  # rename the target of a symbolic link, not the link
+    marks = ("log.txt", "config.json", "last.pt", "model_*.pt")
+    try:
+        if not args.resume and any(glob.glob(os.path.join(glob.escape(path), mark)) for mark in marks):
+            lock_log_dir(path).release()
+            if path == os.getcwd():
+                raise OSError(errno.EBUSY, "current directory")
+            n = next(n for n in itertools.count(1) if not os.path.exists(f"{path}.{n}"))
+            os.rename(path, f"{path}.{n}")
+            print0(f"renamed the older run in {args.log_dir} to {os.path.relpath(path)}.{n}")
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        fix = ""
+        if e.errno == errno.EBUSY:  # also a mount point
+            fix = f"; use --resume, or another directory: --log_dir {os.path.join(args.log_dir, 'run2')}"
+        raise UserError(f"cannot write to --log_dir {args.log_dir} ({one_line(e)}){fix}") from None
+    return lock_log_dir(path)
+
+
+class StepFile:
+    """Text file of lines that start with a step. Opening it drops the lines of steps >= from_step.
+
+    After a failed write (disk full) the lines stay in the buffer and are written with later ones.
+    """
+
+    def __init__(self, path, from_step):
+        self.path, self.warned, lines = path, False, []
+        if os.path.exists(path):
+            with open(path, "rb") as f:
+                lines = [x for x in f if x.endswith(b"\n") and x.split(b" ")[0].isdigit()]
+        with atomic_write(path) as f:
+            f.write(b"".join(line for line in lines if int(line.split()[0]) < from_step))
+        self.file = open(path, "ab", buffering=1 << 20)
+
+    def write(self, text):
+        try:
+            self.file.write(text.encode())
+            self.file.flush()
+        except OSError as e:
+            if not self.warned:
+                warn(f"cannot write {self.path} ({one_line(e)}); trying again at every step")
+            self.warned = True
+
+    def close(self):
+        try:
+            self.file.close()
+        except OSError as e:
+            warn(f"the last lines of {self.path} are missing ({one_line(e)})")
+
+
+class RunLog:
+    """Output of rank 0: console, log.txt, samples.txt, config.json, curves.png, Weights & Biases.
+
+    settings: written to config.json. peak_flops: sum over the ranks, None if unknown.
+    """
+
+    def __init__(self, args, settings, from_step, flops_per_step, peak_flops):
+        self.args, self.flops_per_step, self.peak_flops = args, flops_per_step, peak_flops
+        self.n_timed, self.seconds = -3, 0.0  # the first steps are slower: compile, warm-up
+        config_file = os.path.join(args.log_dir, "config.json")
+        settings["wandb_id"] = os.urandom(4).hex()
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            with open(config_file, encoding="utf-8") as f:
+                settings["wandb_id"] = json.load(f)["wandb_id"]  # the same W&B run on resume
+        try:
+            self.log_file = StepFile(os.path.join(args.log_dir, "log.txt"), from_step)
+            self.samples_file = StepFile(os.path.join(args.log_dir, "samples.txt"), from_step)
+            with atomic_write(config_file) as f:
+                f.write(json.dumps(settings, indent=1).encode())
+        except OSError as e:
+            raise RunError(f"cannot write to {args.log_dir} ({one_line(e)}); its checkpoints are "
+                           "intact") from None
+        self.plot_script, self.plot_process = os.path.join(HERE, "plot.py"), None
+        self.can_draw = os.path.isfile(self.plot_script) and bool(importlib.util.find_spec("matplotlib"))
+        self.wandb = None
+        if args.wandb:
+            try:
+                self.wandb = importlib.import_module("wandb").init(
+                    project=args.wandb, dir=args.log_dir, config=settings, id=settings["wandb_id"],
+                    resume="allow")
+            except Exception as e:  # no login or no network; wandb has its own exceptions
+                raise RunError(f"--wandb {args.wandb}: {one_line(e)}") from None
+
+    def log(self, step, **values):
+        """Write train, val, hella and norm to log.txt, and everything to W&B."""
+        digits = dict(train=6, val=4, hella=4, norm=4)
+        self.log_file.write("".join(f"{step} {name} {values[name]:.{n}f}\n" for name, n in digits.items()
+                                    if values.get(name) is not None))
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def log_update(self, step, loss, norm, lr, dt):
+        """Print and log one update; print the remaining time now and then."""
+        self.n_timed += 1
+        self.seconds += dt if self.n_timed > 0 else 0.0
+        tokens_per_sec = self.args.total_batch_size / dt
+        mfu = self.flops_per_step / dt / self.peak_flops if self.peak_flops else None
+        self.log(step, train=loss, norm=norm, lr=lr, dt=dt, tok_per_sec=tokens_per_sec, mfu=mfu)
+        mfu_text = "" if mfu is None else f" | mfu: {100 * mfu:.1f}%"
+        print0(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+               f"dt: {dt * 1000:.2f}ms | tok/sec: {tokens_per_sec:.2f}{mfu_text}")
+        done, max_steps = step + 1, self.args.max_steps
+        if self.n_timed == 7 or (self.n_timed > 0 and done % max(25, max_steps // 50) == 0):
+            left = timedelta(seconds=round(self.seconds / self.n_timed * (max_steps - done)))
+            print0(f"{100 * done / max_steps:.1f}% done, ETA {left}")
+
+    def log_samples(self, step, texts):
+        for i, text in enumerate(texts):
+            print0(f"rank 0 sample {i}: {text}")
+            self.samples_file.write(f"{step} sample {i}: {json.dumps(text, ensure_ascii=False)}\n")
+            if self.wandb:
+                self.wandb.log({f"sample {i}": text}, step=step)
+
+    def draw_curves(self):
+        """Redraw curves.png in a background process, unless the last one is still running."""
+        if self.plot_process and self.plot_process.poll() is None:
+            return
+        self.wait_for_plot()
+        if self.can_draw:
+            with contextlib.suppress(OSError):  # no memory for another process: try again next time
+                self.plot_process = subprocess.Popen(
+                    [sys.executable, self.plot_script, self.args.log_dir], stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE, text=True, start_new_session=True)  # Ctrl-C must not reach it
+
+    def wait_for_plot(self):
+        """Wait for the background process and report its error."""
+        if not self.plot_process:
+            return
+        try:
+            stderr = self.plot_process.communicate(timeout=60)[1]
+        except subprocess.TimeoutExpired:
+            self.plot_process.kill()
+            stderr = self.plot_process.communicate()[1] + "timeout after 60 s"
+        if self.plot_process.returncode:
+            self.can_draw = False
+            warn(f"curves.png is no longer drawn: {(stderr.strip().splitlines() or ['?'])[-1]}")
+        self.plot_process = None
+
+    def close(self):
+        self.log_file.close()
+        self.samples_file.close()
+        self.wait_for_plot()
+        self.draw_curves()
+        self.wait_for_plot()
+        if self.wandb:
+            self.wandb.finish()
+
+
+# Dense bfloat16 TFLOP/s from the data sheets; float16 for the T4 and the V100. Names match at word
+# boundaries, so that "L4" does not match an L40.
+PEAK_TFLOPS = {"B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756,
+               "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "RTX 4090(?! Laptop| D)": 165,
+               "RTX 3090(?! Ti)": 71, "V100": 125, "T4": 65}
+
+
+def peak_flops(device, dtype):
+    """Dense peak FLOP/s of a CUDA device in a 16-bit dtype; None if unknown."""
+    if device.type != "cuda" or dtype == "float32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for card, peak in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b", name)), None)
+
+
+# -----------------------------------------------------------------------------
+# Errors
+#
+# A user error prints one line to stderr and exits with status 2. Every rank runs the same checks. Ranks other
+# than 0 wait before they print, so that rank 0 reports first and torchrun then ends them. An error on a
+# single rank is printed by that rank.
+
+
+class UserError(Exception):
+    """A mistake in flags or files, with its fix; exit status 2."""
+
+
+class DataError(UserError):
+    """Data that became unreadable, or a token outside the vocabulary."""
+
+
+class RunError(Exception):
+    """The environment failed (disk, network) or training diverged; exit status 1."""
+
+
+def rank(name="RANK"):
+    """This process's RANK, or LOCAL_RANK, as set by torchrun."""
+    return int(os.environ.get(name, 0))
+
+
+def print0(message, stream="stdout"):
+    """Print on rank 0. A closed pipe or full disk loses the message but does not stop the run."""
+    if rank() == 0:
+        with contextlib.suppress(OSError, ValueError):
+            print(message, file=getattr(sys, stream), flush=True)
+
+
+def warn(message):
+    print0(f"warning: {message}", "stderr")
+
+
+def one_line(error, length=200):
+    """'TypeError: message' on one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}"[:length].removesuffix(": ")
+
+
+def import_optional(name, needed_by):
+    """Import a package that is not in requirements.txt. Raises UserError."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{needed_by} needs {name}; pip install {name}") from None
+
+
+def is_out_of_memory(error):
+    """Whether Python, torch or the GPU driver ran out of memory."""
+    pattern = "out of memory|(allocate|enough) memory|size calculation overflow|ALLOC_FAILED|MemoryAllocation"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(re.search(pattern, str(error))))
+
+
+def run_script(script, main):
+    """Run main() as a command: print errors and exit with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # print any text on any terminal
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except Exception as e:
+        report_error(script, e)
+        status = 2 if isinstance(e, UserError) or is_out_of_memory(e) else 1
+    exit_process(status)
+
+
+def report_error(script, error):
+    """Print one line for an expected error, a traceback for a bug."""
+    is_expected = isinstance(error, (UserError, RunError))
+    lost_peer = not is_expected and re.search("onnection (closed|reset) by peer", str(error))
+    if rank() > 0 or lost_peer:  # the rank at fault reports first, then torchrun ends this process
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_DFL)
+        time.sleep(3 + rank("LOCAL_RANK"))
+    if lost_peer and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun reports the lost rank
+        return
+    prefix = f"rank {rank()}: " if rank() else ""
+    if is_out_of_memory(error):
+        message = f"out of memory ({one_line(error)}); use a smaller --B, --T or model"
+    elif is_expected:  # table lines start with two spaces; other line breaks come from file names
+        message = re.sub(r"[\r\n]+(?!  )", r"\\n", str(error))
+    else:
+        script, message = "", "".join(traceback.format_exception(error))
+    with contextlib.suppress(OSError, ValueError):
+        print((script and f"{script}: error: ") + prefix + message, file=sys.stderr, flush=True)
+
+
+def exit_process(status):
+    """Flush and exit. Ranks of a distributed run skip Python's teardown: gloo's threads outlive the process
+    group and would abort a finished run."""
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except (OSError, ValueError, AttributeError):  # closed pipe: drop the stream, or the exit fails on it
+            setattr(sys, name, None)
+    if os.environ.get("WORLD_SIZE", "1") == "1" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(status)
+    os._exit(status)
+
+
+# -----------------------------------------------------------------------------
+# Setup and main. All checks run before any file is written.
+
+
+def choose_preset(cli_args, dist):
+    """(preset, reason) for --preset auto."""
+    kind = dist.device.type
+    if kind == "cpu":
+        return "smoke", "no GPU"
+    if "data" in cli_args or "resume" in cli_args or dist.world_size > 1:
+        return "gpt2", f"device {kind}"
+    if os.path.isdir(SHARDS_DIR) and any(map(split_of, os.listdir(SHARDS_DIR))):
+        return "gpt2", f"device {kind}, shards in {SHARDS_DIR}"
+    return "smoke", f"no shards in {SHARDS_DIR}"
+
+
+def resolve_config(cli_args, defaults, group_of, model_class, dist, resume_ckpt, init_ckpt):
+    """Resolve all flags: explicit flags override the checkpoint, which overrides the preset."""
+    preset, reason = cli_args.get("preset", "auto"), "--preset"
+    if resume_ckpt:
+        preset = resume_ckpt["flags"]["preset"]
+        config = resume_flags(cli_args, defaults, group_of, model_class, resume_ckpt)
+    else:
+        if preset == "auto":
+            preset, reason = choose_preset(cli_args, dist)
+        if not cli_args.keys() & {"eval_only", "export_hf"}:
+            print0(f"preset {preset} ({reason})")
+        config = defaults | model_class.presets[preset]
+    if init_ckpt:
+        config |= init_flags(cli_args, defaults, group_of, model_class, init_ckpt)
+    args = argparse.Namespace(**config | cli_args | {"preset": preset})
+    if args.dtype == "auto" and resume_ckpt:
+        args.dtype = resume_ckpt["flags"]["dtype"]
+    args.dtype = resolve_dtype(args.dtype, dist.device)
+    if args.min_lr is None:
+        args.min_lr = args.max_lr / 10
+    if args.val_tokens is None:
+        args.val_tokens = 65536 if dist.device.type == "cpu" else 10485760
+    if args.hellaswag is None:
+        args.hellaswag = 0 if dist.device.type == "cpu" else 10042
+    if "T" not in cli_args:
+        args.T = min(args.T, args.block_size)
+    args.data = os.path.abspath(args.data or SHARDS_DIR)
+    check_config(args)
+    return args
+
+
+def check_config(args):
+    """Raise UserError for flags that contradict each other."""
+    if args.min_lr > args.max_lr:
+        raise UserError(f"--min_lr {args.min_lr:g} is greater than --max_lr {args.max_lr:g}")
+    if args.n_embd % args.n_head:
+        raise UserError(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
+    if getattr(args, "pos", None) == "rope" and args.n_embd // args.n_head % 2:
+        raise UserError(f"--pos rope needs an even head size, not {args.n_embd // args.n_head}")
+    if args.T > args.block_size:
+        raise UserError(f"--T {args.T} is greater than --block_size {args.block_size}")
+    if args.warmup_steps > args.max_steps:
+        warn(f"--warmup_steps {args.warmup_steps} is greater than --max_steps {args.max_steps}: the learning "
+             "rate never reaches --max_lr")
+
+
+def resume_flags(cli_args, defaults, group_of, model_class, ckpt):
+    """The flags of a run to resume. Raises UserError if explicit ones would change model or data order."""
+    if ckpt["flags"].get("optimizer") == "muon":
+        raise UserError(f"{ckpt['path']} was trained with --optimizer muon, which was removed; resume it "
+                        "with commit 7f9751b, or start from its weights with --init")
+    saved = defaults | {name: value for name, value in ckpt["flags"].items() if name in defaults}
+    groups = ("model",) if "eval_only" in cli_args else ("model", "data order")
+    requested = preset_sizes(cli_args, group_of, model_class) | cli_args
+    check_unchanged({f"--{name}": (saved[name], value) for name, value in requested.items()
+                     if group_of[name] in groups})
+    config = saved | {name: value for name, value in defaults.items() if group_of[name] == "command"}
+    if config["prompt"] == "-":
+        config["prompt"] = defaults["prompt"]
+    if config["min_lr"] == saved["max_lr"] / 10:
+        config["min_lr"] = None  # follows a new --max_lr
+    data = config["data"] or ""
+    if os.path.basename(data) == os.path.basename(SMOKE_TEXT) and not os.path.exists(data):
+        config["data"] = SMOKE_TEXT  # the directory of the project was moved or renamed
+    return config
+
+
+def preset_sizes(cli_args, group_of, model_class):
+    """The model flags of an explicit --preset."""
+    preset = model_class.presets.get(cli_args.get("preset"), {})
+    return {name: value for name, value in preset.items() if group_of[name] == "model"}
+
+
+def init_flags(cli_args, defaults, group_of, model_class, ckpt):
+    """The flags that --init sets. Raises UserError if --preset or explicit model flags contradict it."""
+    config = {name: value for name, value in ckpt["config"].items() if group_of.get(name) == "model"}
+    requested = preset_sizes(cli_args, group_of, model_class) | cli_args
+    for name in sorted(config.keys() & requested.keys()):
+        if requested[name] != config[name]:
+            raise UserError(f"--{name} {requested[name]} contradicts --init {cli_args['init']}, which has "
+                            f"{config[name]}; omit --{name} or --preset")
+    if "eval_only" in cli_args:  # use the data and evaluation settings of its run
+        flags = ckpt.get("flags", {})
+        config |= {name: flags.get(name, defaults[name]) for name in ("data", "T", "val_tokens", "hellaswag")}
+        if flags.get("dtype") == "float32":  # other dtypes may not suit this device
+            config["dtype"] = "float32"
+    return config
+
+
+def check_unchanged(values):
+    """Raise UserError with a table of {name: (checkpoint, now)} where the two differ."""
+    rows = [(name, old, new) for name, (old, new) in sorted(values.items()) if old != new]
+    if rows:
+        table = "".join(f"\n  {name:20} | {old!s:36} | {new}"
+                        for name, old, new in [("flag", "checkpoint", "now"), *rows])
+        raise UserError("cannot resume: these flags differ from the checkpoint (omit them, or start a new "
+                        f"run with another --log_dir){table}")
+
+
+def print_changes(args, ckpt, model_class):
+    """Print the optimization flags that a resume changes, and the learning rate of the next step."""
+    def show(flags, name):
+        value = getattr(flags, name)
+        return f"{value:g}" if isinstance(value, float) else value
+
+    old, step = argparse.Namespace(**(vars(args) | ckpt["flags"])), ckpt["step"]
+    names = "max_steps", "max_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "dtype"
+    changes = [f"{name} {show(old, name)} -> {show(args, name)}" for name in names
+               if show(old, name) != show(args, name)]
+    if changes:
+        print0(f"changed on resume: {', '.join(changes)}; lr of step {step}: "
+               f"{model_class.schedule(step, old):.4e} -> {model_class.schedule(step, args):.4e}")
+
+
+def sequences_per_rank(args, world_size):
+    """Sequences per rank and step. Raises UserError that lists valid batch sizes and world sizes."""
+    total, B, T = args.total_batch_size, args.B or 1, args.T
+    if total % (B * T * world_size) == 0:
+        return total // (T * world_size)
+    unit = B * T * world_size
+    if not args.B and total >= 16 * unit:
+        unit *= 16  # suggest sizes that allow B = 16
+    sizes = " or ".join(str(n) for n in (total // unit * unit, (total // unit + 1) * unit) if n)
+    ranks = ", ".join(str(n) for n in range(1, 2 * world_size) if total % (B * T * n) == 0)
+    raise UserError(f"--total_batch_size {total} is not divisible by B * T * ranks = {B} * {T} * "
+                    f"{world_size}; use --total_batch_size {sizes}"
+                    + (f", or {ranks} ranks" if ranks else ""))
+
+
+def choose_B(args, n_sequences, model, dist, use_compile):
+    """Micro-batch size: --B, or on CUDA the largest power of two up to 64 that fits on all ranks."""
+    if args.B:
+        return args.B
+    if args.eval_only:
+        return 1 if dist.device.type == "cpu" else 8
+    sizes = [b for b in (64, 32, 16, 8, 4, 2, 1) if n_sequences % b == 0]
     if dist.device.type != "cuda":
         return next(b for b in sizes if b <= 4)
+    # Try a forward and backward pass with the memory for AdamW's state, DDP's buckets and 5% set aside.
+    free, total = torch.cuda.mem_get_info()
+    reserved = total // 20 + (12 if dist.world_size > 1 else 8) * sum(p.numel() for p in model.parameters())
+    torch.cuda.set_per_process_memory_fraction(
+        max(0.0, free + torch.cuda.memory_reserved() - reserved) / total)
+    best = next((b for b in sizes if fits_on_gpu(args, b, model, dist.device, use_compile)), 0)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    best = min(dist.all_gather_object(best))
+    if not best:
+        raise UserError("out of GPU memory with --B 1; use a smaller --T or model")
+    return best
 
-    def one_step(B):
-        idx = torch.zeros(B, cfg.T, dtype=torch.long, device=dist.device)
-        with autocast(cfg, dist.device):
-            _, loss = model(idx, idx)
+
+def fits_on_gpu(args, B, model, device, use_compile):
+    """Whether the forward and backward pass of B sequences fits into the memory of this process."""
+    loss = logits = None
+    try:
+        idx = torch.zeros(B, args.T, dtype=torch.long, device=device)
+        with autocast(args, device):
+            if use_compile:  # a compiled loss keeps only the logits and their gradient, in --dtype
+                dtype = getattr(torch, args.dtype)
+                logits = torch.empty(2, B * args.T, args.vocab_size, dtype=dtype, device=device)
+                loss = model.hidden_states(idx).float().mean()
+            else:
+                _, loss = model(idx, idx)
         loss.backward()
-
-    # beside it must fit: AdamW's state, DDP's buckets, and the logits, which a compiled step keeps
-    # whole and in half precision
-    aside = (8 + 4 * (dist.world_size > 1)) * sum(p.numel() for p in model.parameters())
-    per_row = 2 * cfg.T * cfg.vocab_size * (cfg.compile is not False)
-    fitting = (B for B in sizes if hardware.fits_gpu(one_step, B, aside + B * per_row, dist.device))
-    B = min(dist.gather(next(fitting, 0)))
-    model.zero_grad(set_to_none=True)
-    if not B:
-        raise UserError("not even --B 1 fits the GPU: use a smaller --T or a smaller model")
-    return B
+        return True
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        return False
+    finally:
+        del loss, logits
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
 
 
-def examples_wanted(cfg, device):
-    """Number of HellaSwag examples per evaluation."""
-    automatic = 0 if device.type == "cpu" else 10042
-    return automatic if cfg.hellaswag is None else cfg.hellaswag
+def load_hellaswag(args, is_explicit, tokenizer, dist):
+    """Load and tokenize the HellaSwag examples; [] if off.
 
-
-def open_hellaswag(cfg, tokenizer, dist):
-    """The prepared examples. Where they cannot be had a run goes on without them, after a warning;
-    who asks for nothing else is refused."""
-    n = examples_wanted(cfg, dist.device)
-    if not n:
+    If any rank cannot, print a warning and return [], or raise UserError if --hellaswag was explicit.
+    """
+    if not args.hellaswag:
         return []
-    errors = []
-    if tokenizer is None or tokenizer.name != "gpt2" or cfg.vocab_size < tokenizer.n_vocab:
-        errors = ["it needs GPT-2's vocabulary"]
-    errors = errors or dist.once_per_machine(lambda: hellaswag.download("val"))
-    if errors and cfg.eval_only and cfg.hellaswag:
-        raise UserError(f"--hellaswag {n}: {errors[0]}")
-    if errors:
-        warn(f"HellaSwag is off: {errors[0]}")
+    problem = None
+    try:
+        if hellaswag is None:
+            problem = str(hellaswag_import_error)
+        elif tokenizer is None or tokenizer.name != "gpt2" or args.vocab_size < tokenizer.n_vocab:
+            problem = "it needs the GPT-2 vocabulary"
+        elif dist.local_rank == 0:
+            hellaswag.download("val")  # once per machine; the other ranks wait in all_gather_object
+    except OSError as e:
+        problem = str(e)
+    problems = [p for p in dist.all_gather_object(problem) if p]
+    if problems and is_explicit:
+        raise UserError(f"--hellaswag {args.hellaswag}: {problems[0]}")
+    if problems:
+        warn(f"HellaSwag is off: {problems[0]}")
         return []
-    return hellaswag.load_examples(hellaswag.data_file("val"), n, cfg.block_size, tokenizer.encode)
+    try:
+        return hellaswag.load_examples(hellaswag.data_file("val"), args.hellaswag, args.block_size,
+                                       tokenizer.encode)
+    except (OSError, ValueError) as e:
+        raise UserError(str(e)) from e
 
 
-# -----------------------------------------------------------------------------
-# Main, downward in the order of time
+def load_start(cli_args, log_dir, model_class, dist, stack):
+    """Load the checkpoint of --resume or --init: (resume_ckpt, init_ckpt), None if not given.
+
+    With --resume, rank 0 first locks log_dir; `stack` releases the lock.
+    """
+    init, resume_ckpt = cli_args.get("init", "scratch"), None
+    if "resume" in cli_args:
+        if "log_dir" not in cli_args and log_dir != "log" and not os.path.exists(log_dir):
+            arch = None  # earlier versions of modern.py wrote to log
+            with contextlib.suppress(Exception):
+                arch = peek_checkpoint(os.path.join("log", "last.pt"))["arch"]
+            if arch == model_class.arch:
+                raise UserError(f"no directory {log_dir}, but log holds a run of {script_of(arch)}; use "
+                                "--resume --log_dir log")
+        is_read_only = cli_args.keys() & {"eval_only", "export_hf", "inspect"}
+        if dist.master_process and os.path.isdir(log_dir) and not is_read_only:
+            stack.callback(lock_log_dir(log_dir).release)
+        resume_ckpt = find_latest_checkpoint(log_dir)
+        if resume_ckpt is None:
+            print0(f"no checkpoint in {log_dir}, starting at step 0")
+    init_ckpt = load_weights(init) if init != "scratch" and resume_ckpt is None else None
+    return resume_ckpt, init_ckpt
 
 
-def program(arch):
-    """The file that trains an architecture."""
+def compare_ranks(dist, values):
+    """Raise UserError on all ranks unless {what: value} is the same on all of them."""
+    for other, theirs in enumerate(dist.all_gather_object(values)):
+        for what in sorted({*values, *theirs}):
+            first, second = (v.get(what, "not given") for v in (values, theirs))
+            if first != second:
+                raise UserError(f"{what} is {first} on rank {dist.rank} but {second} on rank {other}; start "
+                                "all ranks with the same flags and files")
+
+
+def inspect_step(args, data, tokenizer):
+    """Print shard, offset and text of every sequence that a step reads."""
+    loader = DataLoaderLite(1, args.T, 0, 1, data.train, args.total_batch_size // args.T, args.shuffle,
+                            args.seed)
+    for sequence, epoch, window, shard, offset in loader.locate(args.inspect):
+        print(f"step {args.inspect} sequence {sequence}: epoch {epoch} window {window} "
+              f"{data.train.names[shard]} offset {offset}")
+        if tokenizer:
+            print(tokenizer.decode(data.train.read(window * args.T, args.T)))
+
+
+def script_of(arch):
+    """The script that trains an architecture."""
     return "train_gpt2.py" if arch == "gpt2" else f"{arch}.py"
 
 
 def main(argv=None, model_class=GPT):
-    """The command. model_class: GPT, or a class that has what it has (modern.py)."""
-    run_main(program(model_class.arch), lambda: command(argv, model_class))
+    """Train, evaluate or export according to the flags; return the exit status.
+
+    model_class: GPT or a subclass. Raises UserError and RunError.
+    """
+    if torch.__version__ < (2, 9):
+        raise UserError(f"torch {torch.__version__} is too old; pip install 'torch>=2.9'")
+    parser = build_parser(model_class)
+    cli_args, defaults = parse_cli(parser, argv)
+    with contextlib.ExitStack() as stack:
+        dist = stack.enter_context(init_distributed(cli_args.get("device", "auto")))
+        log_dir = cli_args.get("log_dir", defaults["log_dir"])
+        resume_ckpt, init_ckpt = load_start(cli_args, log_dir, model_class, dist, stack)
+        ckpt = resume_ckpt or init_ckpt
+        path = resume_ckpt["path"] if resume_ckpt else cli_args.get("init")
+        args = resolve_config(cli_args, defaults, parser.group_of, model_class, dist, resume_ckpt, init_ckpt)
+        if (args.eval_only or args.export_hf) and not ckpt:
+            raise UserError(f"--{'eval_only' if args.eval_only else 'export_hf'} needs weights: --init PATH, "
+                            "or --resume with a checkpoint in --log_dir")
+        if args.export_hf:
+            if dist.master_process:
+                export_hf(model_class.from_checkpoint(ckpt, path), args.export_hf)
+            return 0
+        is_training = not args.eval_only and args.inspect is None
+        if resume_ckpt and is_training and is_finished(resume_ckpt, args):
+            return 0
+
+        data, tokenizer = load_data(args, "data" in cli_args, ckpt, dist)
+        compare_ranks(dist, {f"--{name}": value for name, value in cli_args.items()} | {
+            "--dtype": args.dtype, "the training data": data and data.identity,
+            "the checkpoint (is --log_dir on shared storage?)": resume_ckpt and (path, resume_ckpt["step"])})
+        if resume_ckpt and not args.eval_only:
+            check_unchanged({"--data": (resume_ckpt["data"], data.identity)})
+        if args.inspect is not None:
+            if dist.master_process:
+                inspect_step(args, data, tokenizer)
+            return 0
+        examples = load_hellaswag(args, "hellaswag" in cli_args, tokenizer, dist)
+        return run(args, dist, model_class, resume_ckpt, init_ckpt, data, tokenizer, examples, stack)
 
 
-def command(argv, model_class):
-    """What the flags ask for: where weights and data come from. Returns the exit status."""
-    given = parse_flags(argv, model_class)
-    with machine.processes(given.get("device", "auto")) as dist:
-        # where the weights come from: a run to go on with, a checkpoint, Hugging Face, or chance
-        init, log_dir = given.get("init", "scratch"), given.get("log_dir", TrainConfig.log_dir)
-        saved = checkpoint.find_checkpoint(log_dir) if given.get("resume") else None
-        weights = checkpoint.read_weights(init) if init != "scratch" and not saved else None
-        source, path = (saved, saved["path"]) if saved else (weights, init)
-        cfg = make_config(given, saved, weights, dist, model_class)
-        if (cfg.eval_only or cfg.export_hf) and not source:
-            raise UserError(f"--{'eval_only' if cfg.eval_only else 'export_hf'} needs weights: "
-                            "--init PATH, or --resume and a --log_dir that holds a checkpoint")
-        if cfg.export_hf:
-            model = model_class.load(source, path)
-            return checkpoint.export_hf(model, cfg.export_hf) if dist.master_process else 0
-        goes_on = saved is not None and not cfg.eval_only
-        if goes_on:
-            checkpoint.check_flags(cfg, saved)
-            if cfg.inspect is None and checkpoint.is_finished(saved, log_dir):
-                return 0
+def run(args, dist, model_class, resume_ckpt, init_ckpt, data, tokenizer, examples, stack):
+    """Build model, data loaders, evaluator and trainer, then evaluate or train. Returns the exit status."""
+    n_sequences = None if args.eval_only else sequences_per_rank(args, dist.world_size)
+    if args.wandb and not args.eval_only:
+        import_optional("wandb", "--wandb")
+    prompt = encode_prompt(args, tokenizer) if dist.master_process else []
+    ckpt = resume_ckpt or init_ckpt
 
-        # the data; and here the processes compare what may differ between them by accident
-        place = cfg.data or SHARDS
-        data = tokens.Data(place) if needs_data(cfg, place, "data" in given) else None
-        dist.check_same({f"--{k}": v for k, v in given.items()} | {
-            "the checkpoint (--log_dir must be on storage that all nodes share)": saved and path,
-            "the data": data and data.fingerprint})
-        decodes = cfg.num_samples or examples_wanted(cfg, dist.device) or cfg.inspect is not None
-        tokenizer = open_tokens(data, source, dist, needed=decodes)
-        if goes_on:
-            now, then = (checkpoint.describe_data(d) for d in (data.identity, saved["data"]))
-            checkpoint.check_resume({"--data": now}, {"--data": then})
-        if cfg.inspect is not None:
-            check_batch(replace(cfg, B=1), 1)
-            loader = DataLoaderLite(1, cfg.T, 0, 1, data.train, cfg.total_batch_size // cfg.T,
-                                    cfg.shuffle, cfg.seed)
-            return tokens.inspect_step(loader, tokenizer, cfg.inspect) if dist.master_process else 0
-        if cfg.dtype == "auto":
-            cfg = replace(cfg, dtype=hardware.best_dtype(dist))
-        return run(cfg, dist, model_class, source, path, data, tokenizer, goes_on)
-
-
-def run(cfg, dist, model_class, source, path, data, tokenizer, goes_on):
-    """Evaluate a model, or train it. Returns the exit status."""
-    rows = None if cfg.eval_only else check_batch(cfg, dist.world_size)
-    check_memory(cfg, dist.device)
-    if cfg.wandb and not cfg.eval_only:
-        optional_import("wandb", "--wandb")
-    # stdin belongs to the main process, and only that one samples
-    prompt = encode_prompt(cfg, tokenizer) if dist.master_process else []
-    examples = open_hellaswag(cfg, tokenizer, dist)
-
-    # the model, and how many rows of tokens fit beside it
-    torch.manual_seed(cfg.seed)  # the same weights on every process, and in every run
-    shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)}
-    model = model_class.load(source, path) if source else model_class(GPTConfig(**shape))
-    if source:
-        del source["model"]  # once in memory is enough
+    torch.manual_seed(args.seed)  # reproducible initialization; DDP also copies rank 0's weights
+    if ckpt:
+        model = model_class.from_checkpoint(ckpt, ckpt.get("path", args.init))
+        del ckpt["model"]  # free the memory
+    else:
+        config = {f.name: getattr(args, f.name, f.default) for f in fields(GPTConfig)}
+        model = model_class(GPTConfig(**config))
     model.to(dist.device)
-    B = choose_B(cfg, rows, model, dist)
-    check_apple(cfg, B, dist.device)
-    share = B, cfg.T, dist.rank, dist.world_size
-
-    # what it is worth
+    wants_compile = dist.device.type == "cuda" if args.compile is None else args.compile
+    use_compile = all(dist.all_gather_object(
+        wants_compile and not args.eval_only and can_compile(dist.device)))
+    B = choose_B(args, n_sequences, model, dist, use_compile)
+    check_mps(args, B, dist.device)
+    stop = StopSignal(dist)
+    loader_args = B, args.T, dist.rank, dist.world_size
     val_loader = None
-    if data and cfg.val_tokens != 0:
-        val_loader = DataLoaderLite(*share, data.val, vocab_size=cfg.vocab_size)
-    stop = StopFlag(dist)  # Ctrl-C and SIGTERM raise it, once training has begun
-    evaluator = Evaluator(cfg, dist, model, val_loader, examples, prompt, tokenizer, stop)
-    if cfg.eval_only:
-        evaluate_only(evaluator)
+    if data and args.val_tokens:
+        val_loader = DataLoaderLite(*loader_args, data.val, vocab_size=args.vocab_size)
+    wrapped_model = model if args.eval_only else wrap_ddp_and_compile(model, dist, use_compile)
+    evaluator = Evaluator(args, dist, model, wrapped_model if use_compile else model, val_loader, examples,
+                          prompt, tokenizer, stop)
+    if args.eval_only:
+        evaluator.evaluate_only()
         return 0
 
-    # what trains it
-    loader = DataLoaderLite(*share, data.train, cfg.total_batch_size // cfg.T, cfg.shuffle,
-                            cfg.seed, cfg.vocab_size)
-    # what every checkpoint says of the run, beside its state
-    facts = dict(arch=model.arch, config=asdict(model.config), flags=asdict(cfg),
-                 tokenizer=tokenizer.name if tokenizer else "gpt2", data=data.identity)
-    trainer = Trainer(cfg, dist, model, loader, stop, facts, source if goes_on else None)
-    if trainer.compiled:
-        evaluator.whole_batch_model = trainer.model
-    if goes_on:
-        say(f"resuming from {path}, step {trainer.step}")
-
-    # the loop, with the folder of the run opened and closed around it
-    reporter = open_reporter(cfg, dist, trainer, data)
-    try:
-        return train_to_the_end(cfg, dist, trainer, evaluator, reporter, stop)
-    finally:
-        if reporter:
-            reporter.close()
+    loader = DataLoaderLite(*loader_args, data.train, args.total_batch_size // args.T, args.shuffle,
+                            args.seed, args.vocab_size)
+    run_metadata = dict(arch=model.arch, config=asdict(model.config), flags=vars(args),
+                        tokenizer=tokenizer.name if tokenizer else "gpt2", data=data.identity)
+    trainer = Trainer(args, dist, model, wrapped_model, loader, stop, run_metadata, resume_ckpt)
+    if resume_ckpt:
+        print0(f"resuming from {resume_ckpt['path']}, step {trainer.step}")
+        print_changes(args, resume_ckpt, model_class)
+    run_log = open_run_log(args, dist, trainer, data, use_compile, stack)
+    return run_training(trainer, evaluator, run_log)
 
 
-def train_to_the_end(cfg, dist, trainer, evaluator, reporter, stop):
-    """The loop, and what is said and saved at its end, whatever ends it. Returns the status."""
-    stop.install()
-    try:
-        train(cfg, dist, trainer, evaluator, reporter, stop)
-    except Stopped:
-        trainer.save(must=True)
-        say(f"stopped by a signal at step {trainer.step}; the same command with --resume goes on")
-        return stop.status
-    except torch.OutOfMemoryError:
-        rows = trainer.loader.rows_per_step // dist.world_size
-        smaller = [f"--B {b}" for b in range(1, trainer.loader.B) if rows % b == 0]
-        raise UserError(f"out of GPU memory with --B {trainer.loader.B}: use "
-                        f"{smaller[-1] if smaller else 'a smaller --T or model'}, a step stays "
-                        f"{cfg.total_batch_size} tokens") from None
-    if reporter:
-        rate = reporter.tokens_per_second
-        rate = f", {rate:,.0f} tok/s" if rate else ""
+def open_run_log(args, dist, trainer, data, use_compile, stack):
+    """Print the settings and create the run directory. Returns a RunLog on rank 0, else None."""
+    loader, device = trainer.loader, dist.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    print0(f"using device: {device} ({name}), {args.dtype}, compile {'on' if use_compile else 'off'}")
+    print0(f"total desired batch size: {args.total_batch_size}")
+    print0(f"=> calculated gradient accumulation steps: {loader.grad_accum_steps} (B {loader.B}, T {args.T}, "
+           f"ranks {dist.world_size})")
+    for split, stream in (("train", data.train), ("val", data.val)):
+        print0(f"found {len(stream.names)} shards for split {split}: {len(stream):,} tokens")
+    epochs = args.max_steps * loader.sequences_per_step / loader.n_windows
+    print0(f"max_steps {args.max_steps} is {epochs:.3f} epochs of {loader.n_windows:,} windows")
+    dist.all_gather_object()  # all ranks have passed all checks: files may be written now
+    run_log = None
+    if dist.master_process:
+        stack.callback(open_log_dir(args).release)
+        settings = trainer.run_metadata | dict(
+            B=loader.B, world_size=dist.world_size, device=f"{device} ({name})", compile=use_compile,
+            first_shard=data.train.names[0], torch=torch.__version__)
+        settings["model"] = settings.pop("config")
+        flops_per_step = trainer.raw_model.flops_per_token(args.T) * args.total_batch_size
+        peak = peak_flops(device, args.dtype)
+        run_log = RunLog(args, settings, trainer.step, flops_per_step, peak and peak * dist.world_size)
+    return run_log
+
+
+def run_training(trainer, evaluator, run_log):
+    """Run the training loop and handle its end. Returns the exit status."""
+    args, stop = trainer.args, trainer.stop
+    with stop.handlers():
+        try:
+            train(trainer, evaluator, run_log)
+        except TrainingInterrupted:
+            trainer.save(final=True)
+            if stop.data_failed:
+                raise RunError(f"{stop.data_error_message()}. Checkpoint saved at step {trainer.step}; fix "
+                               "the data and rerun with --resume") from None
+            print0(f"interrupted at step {trainer.step}, checkpoint saved; rerun with --resume to continue")
+            return 128 + (stop.local_signal or signal.SIGTERM)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            n, B = trainer.loader.sequences_per_step // trainer.dist.world_size, trainer.loader.B
+            smaller = [f"--B {b}" for b in range(1, B) if n % b == 0]
+            raise UserError(f"out of memory with --B {B} ({one_line(e, 80)}); use "
+                            f"{smaller[-1] if smaller else 'a smaller --T or model'}") from None
+        finally:
+            if run_log:
+                run_log.close()
+    if run_log:
         loss = "" if trainer.val_loss is None else f", validation loss {trainer.val_loss:.4f}"
-        say(f"done: {cfg.max_steps} steps, {cfg.max_steps * cfg.total_batch_size:,} tokens{rate}"
-            f"{loss}")
-        say(f"try next: {what_next(cfg, dist.device, program(trainer.raw_model.arch))}")
+        print0(f"done: {args.max_steps} steps, {args.max_steps * args.total_batch_size:,} tokens{loss}")
+    if args.preset == "smoke":
+        print0(f"next: python {script_of(trainer.raw_model.arch)} --max_steps 1000, or `python fineweb.py "
+               "--pretokenized 10` and a GPU for the 124M run")
     return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_script("train_gpt2.py", main)

@@ -1,22 +1,21 @@
-"""What the tests share: a tiny model's flags, fake shards, runs, and how two runs are compared.
+"""Shared by the tests: flags of a tiny model, synthetic shards, runs, and comparisons of two runs.
 
-Which promise is held where:
-
-    test_train         the numbers are build-nanogpt's; the smoke run; evaluate, sample, export
-    test_model         the model, its loss, sampling and schedule, against formulas and other code
-    test_modern        the sequel's recipe, and that it is a run like any other
+    test_train         build-nanogpt's numbers; the smoke run; evaluate, sample, export
+    test_model         model, loss, sampling and schedule against formulas and other implementations
+    test_modern        the recipe of modern.py, and that it runs like train_gpt2.py
     test_data          the batch of a step; test_tokens: how text, shards and manifests are read
-    test_kills         killed anywhere or stopped by a signal, a run goes on as if nothing had been
-    test_disk          a disk that is full or fails takes nothing that was good
-    test_checkpoint    a checkpoint is plain data, proved whole, and yesterday's still serve
-    test_errors        a mistake is one line that names the fix, and status 2, before time is spent
-    test_ranks         so it is on several processes; whatever one of them does, none hangs
-    test_distributed   any number of processes, sharded or compiled, makes the same run
-    test_house         who may import whom, how long a function may be, what an import costs
-    test_readme        what the README says to type can be typed
-    test_fineweb, test_ready, test_hellaswag, test_plot: the other commands
+    test_kills         a run that is killed or stopped anywhere resumes to the same result
+    test_disk          full disks and failing writes lose nothing that was saved
+    test_checkpoint    checkpoints are plain data, verified on load, and old ones stay readable
+    test_resume        which flags may change on --resume
+    test_errors        a mistake is one line with its fix and status 2, before time is spent
+    test_ranks         the same on several ranks; a failing rank never hangs the others
+    test_distributed   any number of ranks, sharded or compiled, gives the same run
+    test_structure     imports, function lengths, each script copied alone
+    test_readme        the commands of the README
+    test_fineweb, test_pretokenized, test_hellaswag, test_plot: the other scripts
 
-processes.py starts the runs, and stops them where a test says.
+processes.py starts the runs and stops them at named points.
 """
 
 import os
@@ -35,9 +34,9 @@ from processes import ROOT, Forks
 SHARED = ROOT.parent / "shared"
 if (SHARED / "tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
-# What a script starts in the background ignores Ctrl-C, and would hand that on to the runs.
+# A background job ignores SIGINT, and the runs would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# One thread each: the tests start many processes on few cores.
+# One thread per run: the tests start many processes on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = [
@@ -49,13 +48,13 @@ TINY = [
 
 
 def has_vocabulary():
-    """Whether GPT-2's vocabulary can be had without a network."""
+    """Whether GPT-2's vocabulary is available without a network."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
     return folder is not None and os.path.isdir(folder)
 
 
 def write_shards(folder, sizes=(3000,), val=1000, high=500, seed=0):
-    """Shards of random token ids below `high`: one of val, len(sizes) of train. Returns folder."""
+    """Write one val shard and len(sizes) train shards of random ids below `high`. Returns folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -66,7 +65,7 @@ def write_shards(folder, sizes=(3000,), val=1000, high=500, seed=0):
 
 
 def command(*flags, processes=1):
-    """The command line of train_gpt2.py, under torchrun for several processes."""
+    """The command line of train_gpt2.py, with torchrun for several processes."""
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -74,7 +73,7 @@ def command(*flags, processes=1):
 
 
 def train(*flags, cwd, processes=1, timeout=900, **env):
-    """Run train_gpt2.py to its end; a CompletedProcess with text output."""
+    """Run train_gpt2.py; returns a CompletedProcess with text output."""
     return subprocess.run(command(*flags, processes=processes), cwd=cwd, capture_output=True,
                           text=True, timeout=timeout, env=os.environ | env,
                           stdin=subprocess.DEVNULL)
@@ -86,22 +85,22 @@ def read_log(folder, name="log.txt"):
     return {(int(step), stream): value for step, stream, value in (x.split() for x in lines)}
 
 
-# The files that take long come first, short ones behind them, so that the cores end together.
-ORDER = ("train ranks fineweb kills tokens disk house distributed modern hellaswag errors ready "
-         "data checkpoint model plot").split()
+# Long files first, so that the workers finish at the same time.
+ORDER = ("train ranks fineweb kills tokens disk structure distributed modern hellaswag errors pretokenized "
+         "data checkpoint resume model plot").split()
 
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # of pytest-xdist, which begins with the most tests
     if not hasattr(config, "workerinput"):  # the process that the user sees
-        config.pluginmanager.register(TimeToGo())
+        config.pluginmanager.register(Progress())
 
 
-class TimeToGo:
-    """Every half minute a line: how many tests are done, and about how long the rest will take."""
+class Progress:
+    """Every 30 seconds, print how many tests are done and the remaining time."""
 
     def __init__(self):
-        self.start = self.said = time.monotonic()
+        self.start = self.printed = time.monotonic()
         self.done = self.total = 0
 
     def pytest_collection_finish(self, session):
@@ -113,13 +112,13 @@ class TimeToGo:
     def pytest_runtest_logfinish(self):
         self.done += 1
         now = time.monotonic()
-        if now - self.said > 30:
+        if now - self.printed > 30:
             left = (now - self.start) / self.done * (self.total - self.done)
             minutes, seconds = divmod(round(left), 60)
-            # the long ones come first: nothing can be told of the rest before there are some
-            guess = f", about {minutes}:{seconds:02} to go" if 5 * self.done > self.total else ""
+            # the long files come first, so early estimates are useless
+            guess = f", ETA {minutes}:{seconds:02}" if 5 * self.done > self.total else ""
             print(f"\n{self.done} of {self.total} tests{guess}")
-            self.said = now
+            self.printed = now
 
 
 def pytest_collection_modifyitems(items):
@@ -128,12 +127,12 @@ def pytest_collection_modifyitems(items):
 
 
 # -----------------------------------------------------------------------------
-# Runs, and what is compared
+# Runs and comparisons
 
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
-    """Starts runs in a moment: see processes.py."""
+    """Starts runs quickly: see processes.py."""
     forks = Forks(tmp_path_factory.mktemp("console"))
     yield forks
     forks.close()
@@ -141,7 +140,7 @@ def forks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Three odd-sized shards of 95 windows in all: the runs of 192 rows end the epoch twice."""
+    """Three odd-sized shards of 95 windows; the runs of 192 sequences cross two epoch boundaries."""
     return write_shards(tmp_path_factory.mktemp("data"), sizes=(700, 500, 333), val=1001)
 
 
@@ -151,9 +150,9 @@ def flags(data):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(forks, data, tmp_path_factory):
-    """The log_dir of a run that nobody disturbs; lines.json beside it counts what it executed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(forks, data, tmp_path_factory):
+    """The log_dir of an uninterrupted run; lines.json next to it counts the executed lines."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     count = f"count_lines({str(folder / 'lines.json')!r})"
     forks.run(*TINY, f"--data={data}", cwd=folder, patch=count).good()
     return folder / "log"
@@ -161,21 +160,21 @@ def undisturbed(forks, data, tmp_path_factory):
 
 @pytest.fixture
 def rng():
-    """For what a test draws by chance; where it fails, pytest shows the seed."""
+    """Random choices of a test; pytest prints the seed if it fails."""
     seed = int(os.environ.get("TEST_SEED", random.randrange(10**6)))
     print(f"TEST_SEED={seed}")
     return random.Random(seed)
 
 
 def weights(folder, name="last.pt"):
-    """A checkpoint as torch alone reads it."""
+    """Load a checkpoint with torch alone."""
     import torch
 
     return torch.load(Path(folder) / name, weights_only=True)
 
 
 def equal(a, b):
-    """Two nests of plain data, tensors compared bit by bit."""
+    """Compare nested plain data, tensors bit by bit."""
     if hasattr(a, "dtype"):
         return a.dtype == b.dtype and a.equal(b)
     if isinstance(a, dict):
@@ -190,30 +189,30 @@ def differing_lines(a, b, name="log.txt"):
     return sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b))
 
 
-def assert_same_end(folder, undisturbed):
-    """Log, weights and optimizer of a finished run are those of the undisturbed one."""
-    folder, undisturbed = Path(folder), Path(undisturbed)
-    assert (folder / "log.txt").read_bytes() == (undisturbed / "log.txt").read_bytes()
-    a, b = weights(folder), weights(undisturbed)
+def assert_same_end(folder, uninterrupted):
+    """Assert that log, weights and optimizer of a finished run equal the uninterrupted run's."""
+    folder, uninterrupted = Path(folder), Path(uninterrupted)
+    assert (folder / "log.txt").read_bytes() == (uninterrupted / "log.txt").read_bytes()
+    a, b = weights(folder), weights(uninterrupted)
     for part in ("step", "model", "optimizer", "val_loss", "rng"):
         assert equal(a[part], b[part]), part
-    kept = {p.name for p in undisturbed.glob("model_*.pt")}
+    kept = {p.name for p in uninterrupted.glob("model_*.pt")}
     assert {p.name for p in folder.glob("model_*.pt")} == kept
     assert not list(folder.glob("*.tmp"))
 
 
 def assert_close(log, reference):
-    """Two logs of another number of processes, or another B: the same but for rounding."""
+    """Assert that logs of different world sizes or B agree up to float32 rounding."""
     assert log.keys() == reference.keys()
     for (step, stream), value in reference.items():
         atol = dict(train=1e-5, val=1.1e-4, norm=2e-3)[stream]
         assert abs(float(log[step, stream]) - float(value)) <= atol, (step, stream)
 
 
-def copy_until_8(undisturbed, folder):
-    """A log_dir as a run killed after its save at step 8 leaves it."""
+def copy_until_8(uninterrupted, folder):
+    """Make a log_dir as left by a run that was killed after its save at step 8."""
     folder = Path(folder)
-    shutil.copytree(undisturbed, folder)
+    shutil.copytree(uninterrupted, folder)
     (folder / "model_00012.pt").unlink()
     (folder / "last.pt").unlink()
     os.link(folder / "model_00008.pt", folder / "last.pt")
@@ -223,5 +222,5 @@ def copy_until_8(undisturbed, folder):
 
 @pytest.fixture
 def shards(tmp_path):
-    """A folder of three odd-sized train shards and one of val."""
+    """A directory with three odd-sized train shards and one val shard."""
     return write_shards(tmp_path / "shards", sizes=(1111, 777, 1500))

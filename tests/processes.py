@@ -1,33 +1,32 @@
-"""Runs of train_gpt2.py as processes of their own: started in a moment, stopped where a test says.
+"""Run train_gpt2.py as real processes that start in 20 ms and stop at named points of the code.
 
-A `Forks` is a process that has torch and train_gpt2 imported and forks a run from itself whenever
-it is asked: a real process, killed for real, but there in 20 ms. `start` gives one Run, `ranks` the
-runs of one job, `torchrun` the job as a user types it.
+`Forks` is a process that has torch and train_gpt2 imported and forks a run on request. `start` returns
+one Run, `ranks` the runs of one job, `torchrun` the job as a user starts it.
 
-No test races a clock. A run comes by named points (the third call of os.replace, half a checkpoint
-written, a line of the code), and there it does by itself what its `patch` says: Python code that it
-executes first, with the names of this module.
+No test depends on timing. A run executes its `patch` first: Python code with the names of this module,
+which can stop, kill or signal the run at the nth call of a function or the nth execution of a line.
 
     patch='at("os.replace", kill, match="last.pt")'
-    patch='at("train_gpt2.DataLoaderLite.read", wait, nth=5)'      run.arrived().kill(); run.go_on()
-    patch='at_line("checkpoint.py:66", 2, kill)'
+    patch='at("train_gpt2.DataLoaderLite.read", wait, nth=5)'      run.arrived().kill(); run.release()
+    patch='at_line("train_gpt2.py:66", 2, kill)'
 
-The times below are no part of any test: they end a test that hangs.
+The timeouts below only end a test that hangs.
 """
 
 import contextlib
 import errno
 import functools
+import importlib
 import io
 import itertools
 import json
 import os
 import pkgutil
+import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -35,25 +34,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LINUX = sys.platform == "linux"  # elsewhere a run is a new process, and nothing is killed
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
-HANGS = 300  # seconds after which something that should have happened never will
-PAUSE = time.sleep  # a patch may replace the other one
+HANG_TIMEOUT_S = 300
+sleep = time.sleep  # a patch may replace time.sleep
 
 # -----------------------------------------------------------------------------
-# In the run: points, and what happens there
+# In the run: named points and the actions there
 
-job = {}  # what this process was asked for
+job = {}  # the order of this run
 
 
 def kill():
     os.kill(os.getpid(), KILL)
-
-
-def kill_saved():
-    """The same when what is being saved is on the disk."""
-    for thread in threading.enumerate():
-        if thread.name == "save":
-            thread.join()
-    kill()
 
 
 def no_space():
@@ -61,17 +52,17 @@ def no_space():
 
 
 def raises(signum):
-    """The action of getting a signal just there; its handler has run when this returns."""
+    """The action of receiving a signal; its handler has run when this returns."""
     return lambda: signal.raise_signal(signum)
 
 
 def wait():
-    """Stay here until the test says go_on()."""
+    """Wait until the test calls release()."""
     Path(job["out"] + ".arrived").touch()
-    for _ in range(100 * HANGS):
+    for _ in range(100 * HANG_TIMEOUT_S):
         if os.path.exists(job["out"] + ".go"):
             return
-        PAUSE(0.01)
+        sleep(0.01)
     kill()
 
 
@@ -87,8 +78,8 @@ def evaluating():
 
 
 def at(name, action, nth=1, match="", before=True, when=lambda: True):
-    """`action` at the nth call of e.g. "os.replace" whose arguments name `match`, of those `when`
-    something holds."""
+    """Do `action` at the nth call of, for example, "os.replace" whose path arguments contain `match`,
+    among the calls for which when() holds."""
     owner, attribute = owner_of(name)
     real, calls = getattr(owner, attribute), itertools.count(1)
 
@@ -107,7 +98,7 @@ def at(name, action, nth=1, match="", before=True, when=lambda: True):
 
 
 def torn_save(action, when=lambda n, state: True):
-    """torch.save that writes half a file and then does `action`, at those calls n = 1, 2, ..."""
+    """Make torch.save write half a file and then do `action`, at the calls n for which when(n, state)."""
     import torch
 
     real, calls = torch.save, itertools.count(1)
@@ -125,19 +116,22 @@ def torn_save(action, when=lambda n, state: True):
 
 
 def torn_log(action, when=lambda n: True):
-    """Seven bytes of what log.txt is to get, and then `action`, at those writes n = 1, 2, ..."""
+    """Write seven bytes to log.txt and then do `action`, at the writes n for which when(n)."""
     import builtins
 
     real, calls = open, itertools.count(1)
 
     class Torn(io.FileIO):
         def write(self, data):
-            super().write(bytes(data)[:7])
+            if not when(next(calls)):
+                return super().write(data)
+            n = super().write(bytes(data)[:7])
             action()
+            return n
 
     def opened(path, mode="r", *args, **kwargs):
-        if str(path).endswith("log.txt") and mode == "r+b" and when(next(calls)):
-            return Torn(path, "r+")
+        if str(path).endswith("log.txt") and mode == "ab":
+            return io.BufferedWriter(Torn(path, "ab"), 1 << 20)
         return real(path, mode, *args, **kwargs)
 
     builtins.open = opened
@@ -145,7 +139,7 @@ def torn_log(action, when=lambda n: True):
 
 def trace(seen):
     """Call seen("train_gpt2.py:123") before every line of the product's code."""
-    product = {str(p): p.name for p in [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]}
+    product = {str(p): p.name for p in ROOT.glob("*.py")}
 
     def local(frame, event, arg):
         if event == "line":
@@ -156,58 +150,52 @@ def trace(seen):
         return local if frame.f_code.co_filename in product else None
 
     sys.settrace(called)
-    threading.settrace(called)  # of the thread that saves
 
 
 def count_lines(path):
-    """At the end of the run, write how often it came by each line."""
+    """Write how often each line was executed when the run exits."""
     lines = Counter()
     trace(lambda line: lines.update([line]))
-    at("plumbing.errors.leave", lambda: Path(path).write_text(json.dumps(lines)))
+    at("train_gpt2.exit_process", lambda: Path(path).write_text(json.dumps(lines)))
 
 
-def at_line(place, nth, action):
-    """`action` before the nth time that the line at `place` is executed; at the end of a run that
-    does not come by so often."""
+def at_line(line, nth, action):
+    """Do `action` before the nth execution of a line, or at exit if it is executed less often."""
     left = [nth]
 
-    def seen(line):
-        if line == place:
+    def seen(this):
+        if this == line:
             left[0] -= 1
             if not left[0]:
                 action()
 
     trace(seen)
-    at("plumbing.errors.leave", action)
+    at("train_gpt2.exit_process", action)
 
 
-def at_end(tell):
-    """Write what tell() returns to {name of the run}.json when the run ends by itself."""
-    at("plumbing.errors.leave", lambda: Path(job["out"] + ".json").write_text(json.dumps(tell())))
+def at_exit(function):
+    """Write what function() returns to {name of the run}.json when the run exits normally."""
+    at("train_gpt2.exit_process", lambda: Path(job["out"] + ".json").write_text(json.dumps(function())))
 
 
 def do(order):
-    """One run, in a process of its own."""
-    import plumbing.hardware
-    import plumbing.machine
-    import plumbing.reporter
+    """One run, in its own process. job["script"]: train_gpt2 or modern."""
     import train_gpt2
 
     job.update(order)
     enter(job)
-    plumbing.machine.PARENT = os.getppid()
-    sys.modules["matplotlib"] = None  # no curves: they take seconds
-    plumbing.reporter.measure_matmul = lambda *_: 1e9  # so does this
-    plumbing.hardware.measure_matmul = lambda *_, **__: 1e9
+    train_gpt2.PARENT_PID = os.getppid()
+    sys.modules["matplotlib"] = None  # drawing takes seconds
+    script = importlib.import_module(job.get("script") or "train_gpt2")
     exec(job["patch"], globals())
     try:
-        train_gpt2.main(job["flags"])
+        train_gpt2.run_script(f"{script.__name__}.py", lambda: script.main(job["flags"]))
     except SystemExit as e:
-        if "TORCHELASTIC_RUN_ID" in os.environ or job.get("whole_end"):
+        if "TORCHELASTIC_RUN_ID" in os.environ or job.get("full_teardown"):
             raise
         if sys.stdout:
             sys.stdout.flush()
-        os._exit(e.code)  # taking Python and torch down takes a second
+        os._exit(e.code)  # Python's teardown with torch takes a second
 
 
 # -----------------------------------------------------------------------------
@@ -215,7 +203,7 @@ def do(order):
 
 
 def enter(order):
-    """The folder and the environment of a run; None: not there."""
+    """Set the working directory and environment of a run; None unsets a variable."""
     os.chdir(order["cwd"])
     for name, value in order["env"].items():
         if value is None:
@@ -270,26 +258,26 @@ def serve(warm):
 
 
 class Forks:
-    """Starts runs from a process that has train_gpt2 imported."""
+    """Start runs from a process that has train_gpt2 imported."""
 
     def __init__(self, folder, warm=True):
-        """warm: with all imported that any run may need, the compiler too."""
-        self.n, self.folder, self.anew = 0, Path(folder), {}
+        """warm: import everything that a run may need, including the compiler."""
+        self.n, self.folder, self.popen = 0, Path(folder), {}
         if LINUX:
             self.process = subprocess.Popen([sys.executable, __file__, *["warm"] * warm], text=True,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, **order):
         if not LINUX:
-            return self.ask_anew(**order)
+            return self.ask_popen(**order)
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def ask_anew(self, poll=None, **order):
-        """The same where processes are not forked."""
+    def ask_popen(self, poll=None, **order):
+        """The same on systems without fork."""
         if poll:
-            return self.anew[poll].poll()
+            return self.popen[poll].poll()
         line = [__file__, json.dumps(order)]
         if order["torchrun"]:
             line = ["-m", "torch.distributed.run", *order["torchrun"]]
@@ -297,26 +285,28 @@ class Forks:
         with open(order["out"], "a") as out, open(order["err"], "a") as err:
             process = subprocess.Popen([sys.executable, *line], cwd=order["cwd"], env=env,
                                        stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-        self.anew[process.pid] = process
+        self.popen[process.pid] = process
         return process.pid
 
-    def start(self, *flags, cwd, patch="", torchrun=None, kind=None, **env):
-        """A Run; patch: Python code that it executes first, with the names of this module."""
+    def start(self, *flags, cwd, patch="", torchrun=None, kind=None, script=None, **env):
+        """Start a Run. patch: Python code that it executes first, with the names of this module."""
         self.n += 1
         out, err = (str(self.folder / f"{self.n}.{stream}") for stream in ("out", "err"))
         for path in (out, err):
             Path(path).touch()
         order = dict(flags=list(map(str, flags)), cwd=str(cwd), patch=patch, env=env, out=out,
-                     err=err, torchrun=torchrun)
+                     err=err, torchrun=torchrun, script=script)
         return (kind or Run)(self, order)
 
     def run(self, *flags, **how):
-        """A run to its end."""
+        """Run to the end."""
         return self.start(*flags, **how).end()
 
     def ranks(self, n, *flags, cwd, patch="", of=None, **env):
-        """The Ranks of a job of n processes, without torchrun. of: {rank: what is other there}, a
-        dict of flags (more of them), cwd, patch (after the common one)."""
+        """Start the Ranks of a job of n processes, without torchrun.
+
+        of: {rank: what differs there}, a dict of extra flags, cwd, and a patch after the common one.
+        """
         port, runs = free_port(), Ranks()
         for rank in range(n):
             own = (of or {}).get(rank, {})
@@ -328,25 +318,25 @@ class Forks:
         return runs
 
     def torchrun(self, n, *flags, cwd, patch="", options=("--standalone",), **env):
-        """A Torchrun of n processes; with patch="none" of the very script that a user starts."""
+        """Start torchrun with n processes; patch="none" runs the script itself, as a user does."""
         start, out = [*options, f"--nproc_per_node={n}"], str(self.folder / f"{self.n + 1}.out")
-        line = [*start, *anew(*flags, cwd=cwd, patch=patch, out=out)]
+        line = [*start, *fresh_run(*flags, cwd=cwd, patch=patch, out=out)]
         if patch == "none":
             line = [*start, str(ROOT / "train_gpt2.py"), *map(str, flags)]
         return self.start(cwd=cwd, torchrun=line, kind=Torchrun, **env)
 
     def close(self):
-        for process in self.anew.values():
+        for process in self.popen.values():
             process.kill()
             process.wait()
         if LINUX:
             self.process.stdin.close()
-            self.process.wait(HANGS)
+            self.process.wait(HANG_TIMEOUT_S)
             self.process.stdout.close()
 
 
 class Run:
-    """One run: its process, what it has said so far, and its status (negative: the signal)."""
+    """One run: its process, its output so far, and its exit status (negative: killed by that signal)."""
 
     def __init__(self, forks, order):
         self.forks, self.out, self.err, self.status = forks, order["out"], order["err"], None
@@ -361,8 +351,8 @@ class Run:
         return Path(self.err).read_text(errors="replace")
 
     @property
-    def told(self):
-        """What at_end() wrote."""
+    def result(self):
+        """What at_exit() wrote."""
         path = Path(self.out + ".json")
         assert path.exists(), f"{self.status}: {self.stdout} {self.stderr}"
         return json.loads(path.read_text())
@@ -373,22 +363,23 @@ class Run:
         return self.status
 
     def wait_for(self, what):
-        deadline = time.monotonic() + HANGS
+        deadline = time.monotonic() + HANG_TIMEOUT_S
         while not what():
             assert time.monotonic() < deadline, f"hangs: {self.stdout} {self.stderr}"
-            PAUSE(0.005)
+            sleep(0.005)
         return self
 
     def end(self):
         return self.wait_for(lambda: self.poll() is not None)
 
     def arrived(self):
-        """Wait until the run is where its patch lets it wait()."""
+        """Wait until the run reaches wait()."""
         self.wait_for(lambda: os.path.exists(self.out + ".arrived") or self.poll() is not None)
         assert self.status is None, f"{self.status}: {self.stdout} {self.stderr}"
         return self
 
-    def go_on(self):
+    def release(self):
+        """Let a run that is in wait() continue."""
         Path(self.out + ".go").touch()
         return self
 
@@ -406,12 +397,12 @@ class Run:
         return self
 
     def refused(self, *words, status=2):
-        """One line (a table may follow) that holds all the words; no traceback; exit 2."""
+        """Assert one error line (a table may follow) with all the words, no traceback, and the status."""
         error = self.stderr
         assert self.status == status, f"{self.status}: {self.stdout} {error}"
         assert "Traceback" not in error, error
         first, *rest = [x for x in error.splitlines() if not x.startswith("warning: ")]
-        assert first.startswith("train_gpt2.py: error: "), error
+        assert re.match(r"\w+\.py: error: ", first), error
         assert all(" | " in line for line in rest), error
         for word in words:
             assert str(word) in error, f"{word} is not in {error}"
@@ -422,7 +413,7 @@ class Ranks(list):
     """The Runs of one job, by rank."""
 
     def end(self, as_torchrun=False):
-        """Wait for all; `as_torchrun`: when one has failed, the others are told to end."""
+        """Wait for all; as_torchrun: once one has failed, SIGTERM the others."""
 
         def over():
             statuses = [run.poll() for run in self]
@@ -435,7 +426,7 @@ class Ranks(list):
 
     @property
     def errors(self):
-        """What the processes have said on stderr, a list of lines for each."""
+        """The lines of stderr of each process."""
         return [run.stderr.splitlines() for run in self]
 
     @property
@@ -443,7 +434,7 @@ class Ranks(list):
         return [run.status for run in self]
 
     def good(self):
-        """All ended well, and only the main process has said something."""
+        """Assert that all succeeded and only rank 0 printed."""
         for run in self:
             run.good()
         assert {(run.stdout, run.stderr) for run in self[1:]} <= {("", "")}
@@ -451,7 +442,7 @@ class Ranks(list):
 
 
 class Torchrun(Run):
-    """A torchrun; its workers write where it writes."""
+    """A torchrun; its workers share its output files."""
 
     def workers(self):
         """{rank: pid} of its workers."""
@@ -466,18 +457,18 @@ class Torchrun(Run):
         return found
 
     def errors(self):
-        """The lines of train_gpt2.py, without torchrun's own report."""
+        """The error lines of train_gpt2.py, without torchrun's own report."""
         return [x for x in self.stderr.splitlines() if x.startswith("train_gpt2.py: error: ")]
 
 
-def anew(*flags, cwd, patch="", out=None):
-    """The arguments for Python, or for torchrun, that make a run without a Forks."""
+def fresh_run(*flags, cwd, patch="", out=None):
+    """The arguments for Python, or torchrun, that start a run without a Forks."""
     order = dict(flags=list(map(str, flags)), cwd=str(cwd), patch=patch, env={}, out=out)
     return [__file__, json.dumps(order)]
 
 
-# Below those that the system gives out by itself, and each process of pytest has its own thousand:
-# between the choice and the use nobody else takes it.
+# Below the ephemeral ports, and a range of its own for each pytest worker: nothing else takes a port
+# between its choice and its use.
 WORKER = int("0" + os.environ.get("PYTEST_XDIST_WORKER", "")[2:])
 PORTS = itertools.cycle(range(20000 + 1000 * (WORKER % 10), 21000 + 1000 * (WORKER % 10)))
 for _ in range(os.getpid() % 1000):
@@ -491,7 +482,7 @@ def free_port():
 
 
 def left_behind(word):
-    """Command lines of living processes that hold `word`."""
+    """Command lines of live processes that contain `word`."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -502,16 +493,16 @@ def left_behind(word):
 
 
 def assert_gone(word):
-    """No process that names `word` is left, in the end."""
-    deadline = time.monotonic() + HANGS
+    """Wait until no process whose command line contains `word` is left."""
+    deadline = time.monotonic() + HANG_TIMEOUT_S
     while left_behind(word):
         assert time.monotonic() < deadline, left_behind(word)
-        PAUSE(0.02)
+        sleep(0.02)
 
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     if sys.argv[1:] in ([], ["warm"]):
         serve(sys.argv[1:])
-    else:  # see anew()
+    else:  # see fresh_run()
         do(json.loads(sys.argv[1]))

@@ -1,234 +1,200 @@
-"""Killed anywhere, or stopped by a signal: with --resume the run ends as the one nobody disturbed.
-
-Nothing here waits for a moment: a run is killed, signalled or held where its patch says so (see
-processes.py).
-"""
+"""A run that is killed or stopped by a signal anywhere resumes to the result of an uninterrupted run."""
 
 import json
 import os
 import shutil
 import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import TINY, assert_close, assert_same_end, read_log, weights
-from processes import LINUX, assert_gone
+from processes import KILL, LINUX, assert_gone, at, raises
 
-from plumbing import hardware
+import train_gpt2
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="needs Linux")
 
-STEP = "torch.nn.utils.clip_grad_norm_"  # called once in every update
-BATCH = "train_gpt2.GPT.forward"  # when=evaluating: a batch of a validation, of which there are 16
-
+STEP = "torch.nn.utils.clip_grad_norm_"  # called once per update
+BATCH = "train_gpt2.GPT.forward"  # with when=evaluating: a validation batch, of which there are 16
 
 # -----------------------------------------------------------------------------
 # SIGKILL
 
 
-def test_killed_at_the_worst_places(forks, undisturbed, flags, tmp_path):
+def test_killed_at_the_worst_places(forks, uninterrupted, flags, tmp_path):
     log = tmp_path / "log"
 
-    def killed(patch, step):
-        """A run that goes on and is killed; then the newest checkpoint is of that step."""
-        forks.run(*flags, "--resume", cwd=tmp_path, patch=patch).killed()
+    def killed(patch, step, log=log):
+        """Resume a run that is killed by `patch`; last.pt must then be of that step."""
+        forks.run(*flags, "--resume", f"--log_dir={log}", cwd=tmp_path, patch=patch).killed()
         assert (weights(log)["step"] if (log / "last.pt").exists() else 0) == step, patch
 
-    killed('at("plumbing.reporter.open_log_dir", kill)', 0)
+    killed('at("train_gpt2.open_log_dir", kill)', 0)
     killed('at("os.replace", kill, match="log.txt", before=False)', 0)  # no config.json yet
     killed(f'at("{STEP}", kill, nth=2)', 0)
-    killed('torn_log(kill, when=lambda n: n == 4)', 0)  # half a line on the disk
-    killed('torn_save(kill)', 0)  # half a checkpoint
+    killed("torn_log(kill, when=lambda n: n == 4)", 0)  # half a line on the disk
+    killed("torn_save(kill)", 0)  # half a checkpoint
     killed('at("os.replace", kill, match="last.pt")', 0)  # written, not renamed
-    killed('at("os.replace", kill, match="last.pt", before=False)', 4)  # renamed, not synced
-    killed('at("torch.load", kill)', 4)  # while it is read again
+    killed('at("os.replace", kill, match="last.pt", before=False)', 4)  # renamed, directory not synced
+    killed('at("torch.load", kill)', 4)
     killed('at("os.replace", kill, match="log.txt")', 4)  # while the log is cut
-    killed('at("os.replace", kill, match="log.txt", before=False)', 4)
     killed(f'at("{BATCH}", kill, nth=3, when=evaluating)', 4)  # in the evaluation at step 5
     killed('at("train_gpt2.Trainer.update", kill, nth=3)', 4)  # in the second epoch
-    killed('at("os.replace", kill, match="model_00008")', 4)  # one of two names is missing
+    killed('at("os.link", kill)', 8)  # last.pt exists, model_00008.pt does not
+    killed('at("os.link", kill, before=False)', 8)  # its temporary name is left
+    killed('at("os.replace", kill, match="model_00008")', 8)
     assert not (log / "model_00008.pt").exists()
-    killed('at("os.link", kill, before=False)', 4)
+    killed('at("os.replace", kill, match="model_00008", before=False)', 8)
     assert weights(log, "model_00008.pt")["step"] == 8
-    killed('torn_save(kill, when=lambda n, state: state["step"] == 12)', 8)  # the last save
-    killed('at("os.replace", kill, match="model_00012")', 8)
+    killed('torn_save(kill, when=lambda n, state: state["step"] == 12)', 8)
     shutil.copytree(log, tmp_path / "other")
-    killed('at("plumbing.checkpoint.keep_copy", kill)', 8)  # all is there, but last.pt is old
-    for name, patch in (("log", ""), ("other", 'at("plumbing.reporter.Reporter.close", kill)')):
-        run = forks.run(*flags, "--resume", f"--log_dir={name}", cwd=tmp_path, patch=patch).end()
-        assert run.status == (-signal.SIGKILL if patch else 0)
-        run = forks.run(*flags, "--resume", f"--log_dir={name}", cwd=tmp_path).good()
+    killed('at("os.replace", kill, match="model_00012")', 12)
+    killed('at("train_gpt2.link_or_copy", kill)', 12)  # the finished run gets its second name
+    killed('at("train_gpt2.RunLog.close", kill)', 12, log=tmp_path / "other")
+    for folder in (log, tmp_path / "other"):
+        run = forks.run(*flags, "--resume", f"--log_dir={folder}", cwd=tmp_path).good()
         assert "is finished" in run.stdout
-        assert_same_end(tmp_path / name, undisturbed)
+        assert_same_end(folder, uninterrupted)
     assert os.stat(log / "model_00012.pt").st_ino == os.stat(log / "last.pt").st_ino
 
 
-def test_killed_at_any_line(forks, undisturbed, flags, tmp_path, rng):
-    """Lines of the product's code by chance; where a resumed run does not come by so often, it is
-    killed as it ends."""
-    counts = json.loads((undisturbed.parent / "lines.json").read_text())
-    assert len(counts) > 400 and any("checkpoint.py" in line for line in counts)
+def test_killed_at_any_line(forks, uninterrupted, flags, tmp_path, rng):
+    """Random executed lines; a run that executes the line less often is killed at exit."""
+    counts = json.loads((uninterrupted.parent / "lines.json").read_text())
     for _ in range(8):
-        place = rng.choice(sorted(counts))
-        nth = rng.randint(1, counts[place])
-        where = f"at_line({place!r}, {nth}, kill)"
-        print(where)
-        forks.run(*flags, "--resume", cwd=tmp_path, patch=where).killed()
+        line = rng.choice(sorted(counts))
+        patch = f"at_line({line!r}, {rng.randint(1, counts[line])}, kill)"
+        print(patch)
+        forks.run(*flags, "--resume", cwd=tmp_path, patch=patch).killed()
     forks.run(*flags, "--resume", cwd=tmp_path).good()
-    assert_same_end(tmp_path / "log", undisturbed)
+    assert_same_end(tmp_path / "log", uninterrupted)
 
 
-@pytest.mark.parametrize("variant", [
-    ["--dtype=bfloat16", "--shuffle=windows", "--optimizer=muon"],
-    ["--compile", "--n_layer=1"],
-], ids=["bfloat16-windows-muon", "compile"])
-def test_kill_variants(forks, data, tmp_path, rng, variant):
-    # for --compile the compiler's front and autograd but not its C++: that takes a minute
-    patch = """
-import functools, torch
-torch.compile = functools.partial(torch.compile, backend="aot_eager")
-"""
-    flags = [*TINY, f"--data={data}", *variant]
-    whole = forks.start(*flags, "--log_dir=whole", cwd=tmp_path, patch=patch)
-    # how often an undisturbed run comes by: of updates 12, of files 8, of batches to train on 97
-    places = [(STEP, 12), ("os.replace", 8), ("train_gpt2.DataLoaderLite.next_batch", 97)]
-    for _ in range(1 if "--compile" in variant else 3):
-        name, often = rng.choice(places)
-        where = f'at("{name}", kill, nth={rng.randint(1, often)})\n'
+@pytest.mark.parametrize("script, variant, kills", [
+    ("train_gpt2", "--dtype=bfloat16", 2), ("modern", "--dtype=float32", 2), ("train_gpt2", "--compile", 1)])
+def test_killed_variants(forks, data, tmp_path, rng, script, variant, kills):
+    # without the C++ code generation, which takes a minute
+    patch = "import functools, torch\ntorch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
+    flags = [*TINY, f"--data={data}", variant, "--shuffle=windows", "--n_layer=1"]
+    whole = forks.start(*flags, "--log_dir=whole", cwd=tmp_path, patch=patch, script=script)
+    flags += ["--log_dir=log", "--resume"]
+    # the calls of an uninterrupted run: 12 updates, 8 renames, 97 training batches
+    points = [(STEP, 12), ("os.replace", 8), ("train_gpt2.DataLoaderLite.next_batch", 97)]
+    for _ in range(kills):
+        name, calls = rng.choice(points)
+        # at exit if a resumed run makes fewer calls
+        where = f'at("{name}", kill, nth={rng.randint(1, calls)}); at("train_gpt2.exit_process", kill)'
         print(where)
-        end = 'at("plumbing.errors.leave", kill)'  # of a resumed run that does not come by so often
-        forks.run(*flags, "--resume", cwd=tmp_path, patch=patch + where + end).killed()
-    forks.run(*flags, "--resume", cwd=tmp_path, patch=patch).good()
+        forks.run(*flags, cwd=tmp_path, patch=patch + where, script=script).killed()
+    forks.run(*flags, cwd=tmp_path, patch=patch, script=script).good()
     whole.end().good()
     assert_same_end(tmp_path / "log", tmp_path / "whole")
 
 
-def test_measuring_the_machine_draws_nothing():
-    """The runs here do without it, and a resume sets torch's random state before it."""
-    before = torch.get_rng_state()
-    hardware.measure_matmul(torch.device("cpu"), torch.float32)
-    assert torch.equal(before, torch.get_rng_state())
-
-
 # -----------------------------------------------------------------------------
-# SIGTERM and Ctrl-C
+# SIGTERM, SIGINT (Ctrl-C) and SIGHUP (terminal closed)
+
+SIGNUMS = signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)
 
 
-SAVING = """
-import threading
-go = threading.Event()
-at("torch.save", go.wait)
-at("plumbing.checkpoint.Saver.wait", go.set, nth=2)  # the first save ends when the second waits
-"""
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
-def test_signals(forks, undisturbed, flags, tmp_path, signum):
+@pytest.mark.parametrize("signum", SIGNUMS)
+def test_signals(forks, uninterrupted, flags, tmp_path, signum):
     log = tmp_path / "log"
 
     def stopped(patch, step):
         run = forks.start(*flags, "--resume", cwd=tmp_path, patch=patch).arrived()
-        assert run.kill(signum).go_on().end().status == 128 + signum
-        assert weights(log)["step"] == step
-        assert f"at step {step};" in run.stdout and "--resume" in run.stdout
-        assert run.stderr == ""
+        assert run.kill(signum).release().end().status == 128 + signum
+        assert weights(log)["step"] == step and run.stderr == ""
+        assert f"at step {step}," in run.stdout and "--resume" in run.stdout
 
-    stopped(f'at("{STEP}", wait, nth=2)', 2)  # in a step, which is ended and logged
+    stopped(f'at("{STEP}", wait, nth=2)', 2)  # the running update is completed and logged
     assert (1, "train") in read_log(log)
-    # in the evaluation at step 5, which is abandoned and redone
-    stopped(f'at("{BATCH}", wait, nth=3, when=evaluating)', 5)
+    stopped(f'at("{BATCH}", wait, nth=3, when=evaluating)', 5)  # this evaluation is repeated
     assert (5, "val") not in read_log(log) and (4, "train") in read_log(log)
-    # at step 10, while the checkpoint of step 8 is still being written
-    patch = f'{SAVING}at("{STEP}", raises({int(signum)}), nth=5)'
-    run = forks.run(*flags, "--resume", cwd=tmp_path, patch=patch)
-    assert run.status == 128 + signum and weights(log)["step"] == 10
+    stopped('at("torch.save", wait)', 9)  # the save at step 8 is completed, then one more update
     assert weights(log, "model_00008.pt")["step"] == 8
-    # in the last evaluation, behind that at 10: all steps are done, but the run is not
-    stopped(f'at("{BATCH}", wait, nth=19, when=evaluating)', 12)
+    stopped(f'at("{BATCH}", wait, nth=19, when=evaluating)', 12)  # in the last one, after that at step 10
     assert (12, "val") not in read_log(log)
     forks.run(*flags, "--resume", cwd=tmp_path).good()
-    assert_same_end(log, undisturbed)
-
-
-SIGNALS = """
-import plumbing.machine, types
-clock = [0.0]
-plumbing.machine.time = types.SimpleNamespace(monotonic=lambda: clock[0])
-
-def signals():
-    signal.raise_signal(signal.SIGTERM)
-    clock[0] = 0.9  # torchrun hands on what the worker has already got: not a second one
-    signal.raise_signal(signal.SIGTERM)
-    print("still here", flush=True)
-    clock[0] = 1.1
-    signal.raise_signal(signal.SIGINT)
-    print("still here after the second", flush=True)
-"""
+    assert_same_end(log, uninterrupted)
 
 
 def test_second_signal_stops_at_once(forks, flags, tmp_path):
-    run = forks.run(*flags, cwd=tmp_path, patch=SIGNALS + f'at("{STEP}", signals)')
-    assert run.status == 128 + signal.SIGINT
-    assert "still here" in run.stdout and "after the second" not in run.stdout
-    assert not (tmp_path / "log" / "last.pt").exists()
+    """Slurm and torchrun may deliver one signal twice; within a second it counts once."""
+    run = forks.run(*flags, cwd=tmp_path, patch=f"""
+import train_gpt2, types
+clock = [0.0]
+train_gpt2.time = types.SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter)
+def signals():
+    for clock[0], signum in (0.0, signal.SIGTERM), (0.9, signal.SIGTERM), (1.1, signal.SIGINT):
+        signal.raise_signal(signum)
+        print("alive at", clock[0], flush=True)
+at("{STEP}", signals)""")
+    assert run.status == 128 + signal.SIGINT and not (tmp_path / "log" / "last.pt").exists()
+    assert "alive at 0.9" in run.stdout and "alive at 1.1" not in run.stdout
 
 
-def test_signal_and_a_full_disk(forks, flags, tmp_path):
+def test_signals_at_other_times(forks, uninterrupted, flags, tmp_path):
+    """Before the first step, on a full disk, and SIGHUP where nohup has turned it off."""
+    for name in ("train_gpt2.Data", "train_gpt2.open_run_log"):
+        run = forks.run(*flags, cwd=tmp_path, patch=f'at("{name}", raises(signal.SIGINT))')
+        assert run.status == 128 + signal.SIGINT and run.stderr == "" and os.listdir(tmp_path) == []
     patch = f'torn_save(no_space); at("{STEP}", raises(signal.SIGTERM), nth=2)'
-    run = forks.run(*flags, cwd=tmp_path, patch=patch)
-    run.refused("step 2 could not be saved", "No space left", status=1)
+    forks.run(*flags, cwd=tmp_path, patch=patch).refused("step 2", "No space left", "--resume", status=1)
+    patch = f'signal.signal(signal.SIGHUP, signal.SIG_IGN); at("{STEP}", raises(signal.SIGHUP), nth=3)'
+    forks.run(*flags, cwd=tmp_path, patch=patch).good()
+    assert_same_end(tmp_path / "log", uninterrupted)
 
 
-def test_signal_before_the_first_step_is_no_traceback(forks, flags, tmp_path):
-    for place in ("plumbing.tokens.Data", "plumbing.reporter.describe_run"):
-        patch = f'at("{place}", raises(signal.SIGINT))'
-        run = forks.run(*flags, cwd=tmp_path, patch=patch)
-        assert run.status == 128 + signal.SIGINT and run.stderr == ""
-        assert os.listdir(tmp_path) == []
+def test_main_called_from_python(flags, tmp_path, monkeypatch):
+    """main() returns the status, restores the signal handlers, and works in a thread."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(STEP, torch.nn.utils.clip_grad_norm_)  # undoes at()
+    before = [signal.getsignal(s) for s in SIGNUMS]
+    at(STEP, raises(signal.SIGTERM))
+    assert train_gpt2.main(flags) == 128 + signal.SIGTERM
+    assert [signal.getsignal(s) for s in SIGNUMS] == before
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(train_gpt2.main, [*flags, "--resume"]).result() == 0
 
 
 # -----------------------------------------------------------------------------
-# Several processes
+# Several ranks
 
 
 def test_workers_end_with_torchrun(forks, flags, tmp_path):
-    """Torchrun itself is killed: its workers notice at their next step, save and go."""
-    log = tmp_path / "log"
-    hold = f'if os.environ["RANK"] == "0": at("{STEP}", wait, nth=3)'
+    """When torchrun is killed, its workers save at their next step and exit."""
+    log, hold = tmp_path / "log", f'if os.environ["RANK"] == "0": at("{STEP}", wait, nth=3)'
     job = forks.torchrun(2, *flags, f"--log_dir={log}", cwd=tmp_path, patch=hold).arrived()
-    job.kill().end()
-    job.go_on()
+    job.kill().end().release()
     assert_gone(str(log))
     assert weights(log)["step"] == 3, job.stdout
 
 
-def test_torchrun_restarts_a_dead_worker(forks, flags, undisturbed, tmp_path, rng):
-    """With --max_restarts it survives the death of any worker."""
-    victim, step = rng.randrange(2), rng.randint(5, 11)
-    patch = f"""
-if os.environ["RANK"] == "{victim}" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    at("{STEP}", kill_saved, nth={step})
-"""
-    job = forks.torchrun(2, *flags, f"--log_dir={tmp_path / 'log'}", "--resume", cwd=tmp_path,
-                         patch=patch, options=["--standalone", "--max_restarts=3"],
+def test_torchrun_restarts_a_dead_worker(forks, flags, uninterrupted, tmp_path, rng):
+    victim, log = (str(rng.randrange(2)), "0"), tmp_path / "log"
+    patch = f'''if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == {victim}:
+    at("{STEP}", kill, nth={rng.randint(5, 11)})'''
+    job = forks.torchrun(2, *flags, f"--log_dir={log}", "--resume", cwd=tmp_path, patch=patch,
+                         options=["--standalone", "--max_restarts=3"],
                          TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1").end().good()
-    assert_gone(str(tmp_path / "log"))
+    assert_gone(str(log))
     assert job.stdout.count("resuming from") == 1, job.stdout
-    assert_close(read_log(tmp_path / "log"), read_log(undisturbed))
+    assert_close(read_log(log), read_log(uninterrupted))
 
 
-def test_two_processes_agree_on_a_signal(forks, flags, undisturbed, tmp_path, rng):
-    """SIGTERM to one of two: both save at the same step and exit 143. Then one is killed: the
-    other ends by itself, and one process with another B goes on."""
+def test_ranks_agree_on_a_signal(forks, flags, uninterrupted, tmp_path, rng):
+    """A signal to one rank stops both at the same step; a killed rank ends the other."""
     flags = [*flags, "--resume"]
     stop = dict(patch=f'at("{STEP}", raises(signal.SIGTERM), nth=5)')
     ranks = forks.ranks(2, *flags, "--B=1", cwd=tmp_path, of={1: stop}).end()
-    assert ranks.statuses == [143, 143], ranks.errors
-    assert weights(tmp_path / "log")["step"] == 5
-    assert "at step 5;" in ranks[0].stdout and ranks[1].stdout == ""
-    victim = rng.randrange(2)
-    dies = dict(patch=f'at("{STEP}", kill, nth=2)')
+    assert ranks.statuses == [143, 143] and weights(tmp_path / "log")["step"] == 5, ranks.errors
+    assert "at step 5," in ranks[0].stdout and ranks[1].stdout == ""
+    victim, dies = rng.randrange(2), dict(patch=f'at("{STEP}", kill, nth=2)')
     ranks = forks.ranks(2, *flags, "--B=1", cwd=tmp_path, of={victim: dies}).end()
-    assert all(ranks.statuses) and ranks.statuses[victim] == -signal.SIGKILL
-    forks.run(*flags, "--B=4", cwd=tmp_path).good()
-    assert_close(read_log(tmp_path / "log"), read_log(undisturbed))
+    assert all(ranks.statuses) and ranks.statuses[victim] == -KILL
+    forks.run(*flags, "--B=4", cwd=tmp_path).good()  # one rank resumes a run of two
+    assert_close(read_log(tmp_path / "log"), read_log(uninterrupted))

@@ -1,69 +1,90 @@
-"""The house: who may import whom, how long a function may be, what an import costs."""
+"""Five scripts: each works when copied alone, imports quickly, and has short functions."""
 
 import ast
+import os
+import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
+from conftest import TINY, weights
 from processes import ROOT
 
-COMMANDS = {p.stem: p for p in ROOT.glob("*.py")}
-PLUMBING = {f"plumbing.{p.stem}": p for p in ROOT.glob("plumbing/*.py")}
-PRODUCT = COMMANDS | PLUMBING
+SCRIPTS = ["fineweb.py", "hellaswag.py", "modern.py", "plot.py", "train_gpt2.py"]
+HEAVY = {"torch._dynamo", "transformers", "datasets", "tiktoken", "requests", "matplotlib", "wandb",
+         "filelock", "pyarrow"}
 
 
-def imports(path):
-    """The modules of this project that a file imports, those inside functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path.name}: write the whole name"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
-            found |= {a.value for a in node.args if isinstance(a, ast.Constant)}
-    return found & PRODUCT.keys()
+def test_the_product_is_five_scripts():
+    assert sorted(path.name for path in ROOT.glob("*.py")) == SCRIPTS
+    assert {path.parent.name for path in ROOT.glob("*/*.py")} == {"tests"}  # no package
 
 
-def test_no_import_circle():
-    graph = {name: imports(path) for name, path in PRODUCT.items()}
-    assert graph["train_gpt2"] and graph["plumbing.reporter"]  # it does find some
-    while graph:
-        leaves = {name for name, others in graph.items() if not others & graph.keys()}
-        assert leaves, f"a circle among {sorted(graph)}"
-        graph = {name: others for name, others in graph.items() if name not in leaves}
-
-
-@pytest.mark.parametrize("name", sorted(PLUMBING))
-def test_plumbing_knows_no_command(name):
-    assert not imports(PLUMBING[name]) & COMMANDS.keys()
-
-
-def functions(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield node.name, node.end_lineno - node.lineno + 1
-
-
-@pytest.mark.parametrize("name", sorted(PRODUCT))
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_no_function_is_long(name):
-    for function, lines in functions(PRODUCT[name]):
-        assert lines <= 50, (name, function, lines)
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    long = [f.name for f in functions if f.end_lineno - f.lineno >= 50]
+    assert set(long) <= {"build_parser"} and "main" in [f.name for f in functions]
 
 
-def test_the_loop_is_read_at_a_glance():
-    assert dict(functions(COMMANDS["train_gpt2"]))["train"] <= 45
+@pytest.mark.parametrize("name, unused", [
+    ("fineweb", {"torch", "train_gpt2"}), ("plot", {"torch", "train_gpt2"}),
+    ("hellaswag", {"train_gpt2"}), ("train_gpt2", set()), ("modern", set()),
+])  # fmt: skip
+def test_import_is_silent_and_light(tmp_path, name, unused):
+    """Nothing is printed or written; optional packages and other scripts are imported when used."""
+    for script in {name, "train_gpt2"} if name == "modern" else {name}:
+        shutil.copy(ROOT / f"{script}.py", tmp_path)
+    before = set(tmp_path.iterdir())
+    code = f"import sys, {name}; print(sorted({HEAVY | unused!r} & {{*sys.modules}}))"
+    done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("[]\n", "") and set(tmp_path.iterdir()) == before
 
 
-def test_import_is_silent_and_light(tmp_path):
-    """Nothing is printed, written or fetched; of what is heavy only torch is loaded."""
-    heavy = ("transformers", "datasets", "tiktoken", "requests", "matplotlib", "wandb",
-             "torch._dynamo", "filelock", "pyarrow")
-    commands = ", ".join(sorted(COMMANDS))
-    code = (f"import sys; sys.path.insert(0, sys.argv[1]); import {commands}; "
-            f"print([m for m in {heavy} if m in sys.modules])")
-    result = subprocess.run([sys.executable, "-B", "-c", code, str(ROOT)], capture_output=True,
-                            text=True, cwd=tmp_path)
-    assert (result.stdout, result.stderr) == ("[]\n", "")
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def alone(tmp_path):
+    """alone(script, *flags) starts a script copied alone into tmp_path, without a network."""
+    env = os.environ | dict(TIKTOKEN_CACHE_DIR="", HTTPS_PROXY="http://127.0.0.1:9", NO_PROXY="")
+
+    def start(script, *flags):
+        shutil.copy(ROOT / script, tmp_path)
+        return subprocess.Popen([sys.executable, "-u", script, *flags], cwd=tmp_path, env=env, text=True,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return start
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGTERM")
+def test_train_gpt2_alone(alone, tmp_path):
+    """train_gpt2.py alone trains, stops on SIGTERM, resumes, samples and evaluates."""
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 100)
+    flags = [*TINY, "--data=text.txt", "--num_samples=1"]
+    for more, words in ([*flags, "--hellaswag=10"], ["--hellaswag 10"]), ([], ["input.txt", "--data"]):
+        process = alone("train_gpt2.py", "--device=cpu", *more)
+        _, stderr = process.communicate()
+        errors = [line for line in stderr.splitlines() if not line.startswith("warning: ")]
+        assert process.returncode == 2 and len(errors) == 1 and all(x in errors[0] for x in words), stderr
+    assert not (tmp_path / "log").exists()
+    run = alone("train_gpt2.py", *flags, "--max_steps=1000000")
+    next(line for line in run.stdout if line.startswith("step     3"))
+    run.send_signal(signal.SIGTERM)
+    _, stderr = run.communicate()
+    assert run.returncode == 128 + signal.SIGTERM, stderr
+    ckpt = weights(tmp_path / "log")
+    ckpt["flags"]["hellaswag"] = 10  # as on a machine that has hellaswag.py
+    torch.save(ckpt, tmp_path / "log" / "last.pt")
+    for more in ["--resume", f"--max_steps={ckpt['step'] + 2}"], ["--init=log/last.pt", "--eval_only"]:
+        run = alone("train_gpt2.py", "--device=cpu", "--num_samples=1", *more)
+        stdout, stderr = run.communicate()
+        assert run.returncode == 0 and "validation loss: " in stdout and "sample 0: " in stdout, stderr
+        assert len([line for line in stderr.splitlines() if "HellaSwag is off: " in line]) == 1, stderr
+
+
+@pytest.mark.parametrize("command", [["modern.py"], ["hellaswag.py", "-m", "log/last.pt"]])
+def test_missing_train_gpt2_is_one_line(alone, command):
+    process = alone(*command)
+    _, stderr = process.communicate()
+    assert process.returncode == 2 and stderr.count("\n") == 1 and "train_gpt2.py" in stderr, stderr
