@@ -1,579 +1,686 @@
 """
-Token shards for train_gpt2.py: fetched ready made, or made here from FineWeb-Edu or any text.
+Create the token shards that train_gpt2.py trains on: download pretokenized shards, or tokenize FineWeb-Edu,
+another dataset or your own files.
 
-    python fineweb.py --ready 10                # the quickest: a billion tokens, 2 GB to download
-    python fineweb.py --ready                   # all of the sample, ready made: 20 GB
-    python fineweb.py                           # the same 10B tokens, made here from the texts
-    python fineweb.py --streaming               # and with no copy of the data set on disk
-    python fineweb.py --streaming --max_tokens 200000000    # two shards of them
-    python fineweb.py --files 'texts/*.txt' --out mine --shard_size 1000000
-    python fineweb.py --verify                  # sizes and sha256 of what is there
+    python fineweb.py --pretokenized 10     # fastest: val and 10 train shards (1B tokens), 2.2 GB
+    python fineweb.py --pretokenized        # all of FineWeb-Edu's sample-10BT, 20 GB
+    python fineweb.py                       # tokenize sample-10BT here: 28 GB to download
+    python fineweb.py --streaming           # the same without a copy of the dataset on disk
+    python fineweb.py --streaming --max_tokens 200000000    # only the first two shards
+    python fineweb.py --files 'texts/*.txt' --out mine      # your own files
+    python fineweb.py --verify              # check the size and sha256 of every shard
 
-A shard is a plain 1-D uint16 .npy file of GPT-2 token ids. A document is <|endoftext|> and then its
-ordinary tokens; documents follow each other and run on from one shard into the next. The first
-shard is the validation split: edufineweb_val_000000.npy, edufineweb_train_000001.npy, ...
-Ready made shards are llm.c's .bin files: such tokens behind another header.
+A shard is a 1-D uint16 .npy file of GPT-2 token ids. Each document is <|endoftext|> followed by its tokens.
+Documents are concatenated and may continue in the next shard. The first shard is the validation split. For
+FineWeb-Edu the names are edufineweb_val_000000.npy, edufineweb_train_000001.npy, ..., and for other sources
+tokens_val_000000.npy, ... Pretokenized shards are llm.c's .bin files: the tokens after a 1,024-byte header.
+The string "<|endoftext|>" inside a text is encoded as seven ordinary tokens, never as a document boundary.
 
-manifest.json, beside the shards, says what was asked for and, for each shard, its tokens,
-documents, sha256 and where in the source it begins and ends. Killed at any moment, a rerun goes on
-behind the last shard listed there, and the result is the same bytes.
+manifest.json in the same directory records the settings and, for each shard, its tokens, documents, sha256,
+and the source positions where it starts and ends. Safe to interrupt: a rerun of the same command continues
+after the last completed shard and creates the same bytes.
 """
 
+import argparse
 import contextlib
+import errno
+import functools
 import glob
 import gzip
+import hashlib
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
-import time
 import zlib
+from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from dataclasses import dataclass, fields
 
 import numpy as np
-
-from plumbing.errors import RunError, UserError, one_line, run_main, warn
-from plumbing.files import HERE, atomic_write
-from plumbing.flags import Parser, add_flags, check_ranges, flag
-from plumbing.manifest import (
-    complete, entry_of, fault_of, only_writer, open_manifest, promise, verify,
-)
-from plumbing.tokens import EOT, TokenStream, get_tokenizer, load_manifest, open_shard, split_of
+from tqdm import tqdm
 
 DATASET, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
-READY = "kjj0/finewebedu10B-gpt2"  # that sample as tokens
-ALL = sys.maxsize  # --ready without a number
-STREAM_BUFFER = 10_000  # documents that --streaming --shuffle draws from
+PRETOKENIZED = "kjj0/finewebedu10B-gpt2"  # the tokens of that sample
+SHARDS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "edu_fineweb10B")
+NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+ALL = sys.maxsize  # --pretokenized without N
+EOT = 50256  # <|endoftext|>, the first token of every document
+MANIFEST, MANIFEST_FORMAT = "manifest.json", "fineweb.py 1"
+TEXT_COPY = ".documents.arrow"  # temporary copy of the texts of --files
+STREAM_BUFFER = 10_000  # documents that --streaming --shuffle samples from
+JOB_DOCUMENTS = 200  # documents that a worker tokenizes at a time, 50 ms of FineWeb-Edu
 
 # -----------------------------------------------------------------------------
-# Flags
+# Messages and flags
 
 
-def cores():
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class UserError(Exception):
+    """A user's mistake: one line that names the value and the fix, exit status 2."""
 
 
-@dataclass
-class Flags:
-    """What is read, what becomes of it, and how. --ready goes without those of the group "make"."""
+def print_line(message, stream="stdout"):
+    """Print above the progress bar. A closed terminal or pipe does not stop the run."""
+    with contextlib.suppress(OSError):
+        tqdm.write(message, file=getattr(sys, stream))
 
-    ready: int = flag(
-        "ready", None, "fetch the val shard and the first N train shards, 200 MB each, of a data "
-        "set of tokens; without N all. A larger N later fetches what is missing", ge=1)
-    dataset: str = flag("both", None, "data set on the Hugging Face hub, or a folder",
-                        shown=f"{DATASET}; with --ready {READY}")
-    revision: str = flag("both", None, "its branch, tag or commit",
-                         shown="main, as it is when the first shard is made")
-    out: str = flag("both", os.path.join(HERE, "edu_fineweb10B"), "folder of the shards",
-                    shown="edu_fineweb10B beside fineweb.py, where the trainer looks")
-    verify: bool = flag("both", False, "only check the shards in --out: size, sha256", shown="")
 
-    name: str = flag("make", None, "its configuration", shown=f"{CONFIG}, 10 billion tokens")
-    split: str = flag("make", "train", "its split")
-    text_column: str = flag("make", "text", "the column that holds the text")
-    streaming: bool = flag(
-        "make", False, "read over the network as it goes: no copy on disk, and the network must "
-        f"last. Else all is downloaded first and kept, about 75 GB for {CONFIG}", shown="")
-    files: list = flag(
-        "make", None, "read these: .parquet, .jsonl, .jsonl.gz (a row is a document), .txt (a file "
-        "is one); paths or globs, in this order. Takes disk for a copy meanwhile", shown="")
-    shard_size: int = flag("make", 10**8, "tokens per shard; the first is val", ge=1, le=10**10)
-    max_tokens: int = flag("make", 0, "stop after so many tokens, 0 = all; 200000000 are 0.4 GB, "
-                           "and with --streaming a download of 0.6 GB", ge=0)
-    shuffle: int = flag(
-        "make", None, "seed of a random order of all documents; with --streaming of the files and "
-        f"of a buffer of {STREAM_BUFFER:,} documents, and a rerun reads from the start again",
-        ge=0, le=2**32 - 1, shown="as they come")
-    num_proc: int = flag("make", cores(), "worker processes, 200 MB each; a core makes 2 to 4 "
-                         "million tokens/s", ge=1, shown=f"one per core: {cores()}")
+def one_line(error, length=200):
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:length]
 
-    def __post_init__(self):
-        check_ranges(self)
-        if self.files and (self.dataset or self.name or self.revision or self.streaming):
-            raise UserError("--files goes without --dataset, --name, --revision and --streaming")
-        for f in fields(self):
-            if self.ready and f.metadata["group"] == "make" and getattr(self, f.name) != f.default:
-                raise UserError(f"--ready goes without --{f.name}: its shards are made already")
-        ours = self.dataset in (None, DATASET)  # typed or not; the hub's own default is all of it
-        self.name = self.name or (CONFIG if ours else None)
-        self.dataset = self.dataset or (READY if self.ready else DATASET)
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def integer(low, high=2**63 - 1):
+    """Return an argparse type for integers from `low` to `high`."""
+
+    def integer(text):  # the name is part of argparse's message: invalid integer value
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range ({low} to {high})")
+        return int(text)
+
+    return integer
+
+
+def build_parser():
+    parser = Parser(
+        prog="fineweb.py", usage="%(prog)s [--flag value ...]", allow_abbrev=False,
+        description="Create token shards for train_gpt2.py. Safe to interrupt: rerun to continue.",
+    )  # fmt: skip
+    add = parser.add_argument_group("download pretokenized shards").add_argument
+    add("--pretokenized", nargs="?", type=integer(1), const=ALL, metavar="N",
+        help="val shard and first N train shards, 200 MB each; without N all. A larger N later adds shards")
+    add("--ready", dest="pretokenized", nargs="?", type=integer(1), const=ALL, help=argparse.SUPPRESS)
+    add = parser.add_argument_group("source and destination").add_argument
+    add("--dataset", metavar="NAME",
+        help=f"Hugging Face dataset or local directory (default: {DATASET}; with --pretokenized "
+        f"{PRETOKENIZED}, or kjj0/fineweb10B-gpt2, karpathy/fineweb-edu-100B-gpt2-token-shards)")
+    add("--revision", help="branch, tag or commit of the dataset (default: main at the first run)")
+    add("--out", metavar="DIR", default=SHARDS_DIR,
+        help="output directory (default: edu_fineweb10B in the directory of fineweb.py)")
+    add("--verify", action="store_true", help="only check size and sha256 of the shards in --out")
+    add = parser.add_argument_group("tokenizing (not with --pretokenized)").add_argument
+    add("--name", help=f"configuration of the dataset (default: {CONFIG}, 10 billion tokens, of {DATASET})")
+    add("--split", default="train", help="split of the dataset (default: train)")
+    add("--text_column", metavar="NAME", default="text", help="column of the text (default: text)")
+    add("--streaming", action="store_true",
+        help=f"read the dataset over the network (default: download it first, 75 GB for {CONFIG})")
+    add("--files", nargs="+", metavar="PATH",
+        help="paths or glob patterns, read in this order instead of a dataset: .parquet, .jsonl, .jsonl.gz "
+        "(one document per row), .txt (one document). Their texts are copied to --out temporarily")
+    add("--shard_size", type=integer(1, 10**10), metavar="N",
+        help="tokens per shard (default: as recorded in --out, else 100000000; for --files at most a tenth)")
+    add("--max_tokens", type=integer(0), metavar="N", default=0,
+        help="stop after N tokens (default: 0 = all)")
+    add("--shuffle", type=integer(0, 2**32 - 1), metavar="SEED",
+        help="seed of a random order of the documents; with --streaming of the files and of a buffer of "
+        f"{STREAM_BUFFER:,} documents (default: no shuffling)")
+    add("--num_proc", type=integer(1), metavar="N", default=NUM_CORES,
+        help=f"worker processes, 200 MB each (default: one per core, {NUM_CORES})")
+    return parser
 
 
 def parse_args(argv=None):
-    """The flags of the command. Raises UserError."""
-    parser = Parser("Token shards for train_gpt2.py, fetched ready made or made here.\n"
-                    "It can be killed at any moment: the same command goes on.")
-    first, text = parser.add_argument_group("the quickest way"), fields(Flags)[0].metadata["text"]
-    first.add_argument("--ready", nargs="?", type=int, const=ALL, metavar="N", help=text)
-    titles = {"both": "what, and where to", "make": "making shards here, that is without --ready"}
-    add_flags(parser, Flags, titles, leave_out=("ready",))
-    return Flags(**vars(parser.parse_args(argv)))
+    """Parse and check the flags. Raises UserError."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value in ("", [""]):  # usually an unset shell variable
+            raise UserError(f"--{name} must not be empty")
+        general = name in ("pretokenized", "dataset", "revision", "out", "verify")
+        if args.pretokenized and not general and value != parser.get_default(name):
+            raise UserError(f"--pretokenized excludes --{name}: the shards are already tokenized")
+    if args.files and (args.dataset or args.name or args.revision or args.streaming):
+        raise UserError("--files excludes --dataset, --name, --revision and --streaming")
+    if args.dataset in (None, DATASET):  # its default configuration has 1.3T tokens
+        args.name = args.name or CONFIG
+    args.dataset = args.dataset or (PRETOKENIZED if args.pretokenized else DATASET)
+    return args
 
 
 # -----------------------------------------------------------------------------
-# Documents: texts in an order that never changes, given out as jobs for the workers
-
-JOB_TOKENS = 1 << 18  # about what a worker is given at a time: 60 ms of work
-JOB_DOCUMENTS = 1000  # at most, however short they are
-PATIENCE = 30  # seconds without documents before --streaming says that the network is silent
-
-
-class Table:
-    """Documents of a memory-mapped datasets.Dataset, in its order or in that of `seed`. The workers
-    read them: pages of a map count as resident memory, and this process would end up with all."""
-
-    def __init__(self, dataset, column, seed=None):
-        self.dataset, self.column, self.total = dataset, column, len(dataset)
-        fitting = 4 * JOB_TOKENS * self.total // (dataset.data.nbytes or 1)
-        self.per_job = max(1, min(JOB_DOCUMENTS, fitting))
-        # RandomState, unlike default_rng, promises the same permutation in every version.
-        self.order = None if seed is None else np.random.RandomState(seed).permutation(self.total)
-
-    def jobs(self, first):
-        """Yields (first document, its row and those behind it, None)."""
-        for i in range(first, self.total, self.per_job):
-            rows = slice(i, i + self.per_job)
-            yield i, rows if self.order is None else self.order[rows], None
-
-
-class Stream:
-    """Documents that this process reads over the network as it goes. `note` is what the manifest
-    says about how far an earlier run had read: this one need not begin at the beginning."""
-
-    dataset = None  # that a worker could read
-
-    def __init__(self, data, args, note):
-        self.data, self.name, self.column, self.note = data, args.dataset, args.text_column, note
-        self.total = getattr((data.info.splits or {}).get(args.split), "num_examples", None)
-        self.shuffled = args.shuffle is not None
-        if self.shuffled:
-            self.data = data.shuffle(args.shuffle, buffer_size=STREAM_BUFFER)
-
-    def jobs(self, first):
-        """Yields (first document, list of texts, note of where the source was before them)."""
-        from datasets import __version__ as version
-
-        # The state of a shuffled stream lacks its buffer. In one version the state stands still
-        # once it was set (datasets issue 8308).
-        known = not self.shuffled and version != "5.0.0"
-        start = self.note or {"datasets": None}
-        if not known or start["datasets"] != version or start["document"] > first:
-            start = {"document": 0, "at": None}
-        self.data.load_state_dict(start["at"])
-        rows = itertools.islice(self.data, first - start["document"], None)  # those are written
-        texts, note = (row.get(self.column) for row in rows), None
-        while some := self.next_texts(texts):
-            yield first, some, note
-            first += len(some)
-            if known:
-                note = {"datasets": version, "document": first, "at": self.data.state_dict()}
-
-    def next_texts(self, texts):
-        # `datasets` goes on trying for more than ten minutes, and says nothing meanwhile.
-        silence = (f"no document for {PATIENCE:g} s: the network does not answer, and is tried "
-                   "again and again; Ctrl-C stops, and the finished shards are safe")
-        alarm = threading.Timer(PATIENCE, warn, [silence])
-        alarm.start()
-        try:
-            return take(texts)
-        except Exception as e:
-            raise RunError(f"{self.name} cannot be read on: {one_line(e)}") from e
-        finally:
-            alarm.cancel()
-
-
-def take(texts):
-    """The next texts of an iterator, enough for a job; none at its end."""
-    some, chars = [], 0
-    for text in texts:
-        some.append(text)
-        chars += len(text or "")
-        if chars >= 4 * JOB_TOKENS or len(some) >= JOB_DOCUMENTS:  # a token is about 4 characters
-            break
-    return some
-
-
-# -----------------------------------------------------------------------------
-# Where documents come from: the hub, or --files
+# Files and the manifest
 
 
 @contextlib.contextmanager
-def asking_the_hub(dataset):
-    """Says in one line what the hub has against a data set, or what is wrong on the way there."""
+def locked_dir(path):
+    """Create and lock the output directory. Afterwards remove the text copy, and the directory if empty."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(os.path.join(path, ".lock"))
+    try:
+        os.makedirs(path, exist_ok=True)
+        lock.acquire(timeout=2.0)  # a killed process may hold it for a moment
+    except Timeout:
+        raise UserError(f"another fineweb.py is writing to {path}; wait until it ends") from None
+    except (OSError, NotImplementedError) as e:
+        # On storage without locks filelock 4 raises OSError, filelock 3 NotImplementedError.
+        if getattr(e, "errno", errno.ENOTSUP) not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        print_line(f"warning: no locks in {path}; run only one fineweb.py there at a time", "stderr")
     try:
         yield
-    except Exception as e:
-        kinds, said = {t.__name__ for t in type(e).__mro__}, one_line(e)
-        absent = kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "EmptyDatasetError",
-                          "RevisionNotFoundError", "DataFilesNotFoundError"}
-        if "scripts are no longer supported" in said:
-            raise UserError(f"{dataset} is a script, which `datasets` does not run; try the hub's "
-                            "own copy with --revision refs/convert/parquet") from e
-        # A ValueError is an unknown configuration or split; in old versions a lost network too.
-        lost = kinds & {"ArrowException", "LocalEntryNotFoundError"}
-        if absent or ("ValueError" in kinds and not lost):
-            raise UserError(f"no dataset {dataset} that can be read ({said}); check --dataset, "
-                            "--name, --split and --revision, or log in: hf auth login") from e
-        raise RunError(f"{dataset} cannot be had from the hub: {said}; check the network, and the "
-                       "room on the disk") from e
-
-
-def open_hub(args, note):
-    """--dataset as a source: a Table of the downloaded set, or with --streaming a Stream."""
-    import datasets
-
-    where = {"split": args.split, "revision": args.revision, "streaming": args.streaming}
-    with asking_the_hub(args.dataset):
-        data = datasets.load_dataset(args.dataset, args.name, **where)
-    if data.features:
-        types = {k: getattr(v, "dtype", type(v).__name__) for k, v in data.features.items()}
-        check_column(args.dataset, args.text_column, types)
-        data = data.select_columns([args.text_column])
-    if args.streaming:
-        return Stream(data, args, note)
-    return Table(data, args.text_column, args.shuffle)
-
-
-def open_files(args, path):
-    """--files as a source: a Table of a copy at `path` that can be read at any place. The copy is
-    whole before the first shard is begun, so a damaged file is found before time is spent."""
-    import datasets
-    import pyarrow as pa
-
-    schema = pa.schema([("text", pa.large_string())])
-    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as copy:
-        for name in args.files:
-            for texts in read_file(name, args.text_column):
-                copy.write_batch(pa.record_batch([texts], schema=schema))
-    return Table(datasets.Dataset.from_file(path), "text", args.shuffle)
-
-
-def expand(patterns):
-    """The files that paths and globs stand for, in order, each once. Raises UserError."""
-    paths = []
-    for pattern in patterns:
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not found:
-            raise UserError(f"no file {pattern}; check --files")
-        paths += found
-    for path in paths:
-        if not path.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt")):
-            raise UserError(f"{path} is not .parquet, .jsonl, .jsonl.gz or .txt; check --files")
-    return list(dict.fromkeys(paths))
-
-
-def read_file(path, column):
-    """Iterates over the texts of a file, as pyarrow arrays. Raises UserError."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if not path.endswith(".parquet"):
-            texts = read_lines(path, column)
-            while some := take(texts):
-                yield pa.array(some, pa.large_string())
-            return
-        with pq.ParquetFile(path) as f:
-            check_column(path, column, {field.name: str(field.type) for field in f.schema_arrow})
-            for batch in f.iter_batches(batch_size=JOB_DOCUMENTS, columns=[column]):
-                texts = batch.column(0).cast(pa.large_string())
-                texts.validate(full=True)  # is it UTF-8? nobody has looked yet
-                if texts.null_count:
-                    raise UserError(f"column {column} of {path} has rows without a text")
-                yield texts
-    except (OSError, EOFError, ValueError, zlib.error) as e:  # pyarrow's errors are among them
-        raise UserError(f"{path} cannot be read: {one_line(e)}; mend it, or leave it out") from e
-
-
-def read_lines(path, column):
-    """Iterates over the texts of a .txt, which is one, or of a .jsonl or .jsonl.gz."""
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
-        if path.endswith(".txt"):
-            yield f.read()
-            return
-        for number, line in enumerate(f, 1):
-            if not line.isspace():
-                try:
-                    row = json.loads(line)
-                    types = {k: type(v).__name__ for k, v in row.items()}
-                except (ValueError, RecursionError, AttributeError) as e:  # a list has no items()
-                    raise UserError(f"{path} line {number} is no JSON object {{...}}; mend it, or "
-                                    "take it out") from e
-                check_column(f"{path} line {number}", column, types)
-                # Half a surrogate pair, which JSON can hold, is U+FFFD here as it is for tiktoken.
-                yield row[column].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def check_column(where, column, types):
-    """Refuse a column that is not among {name: name of its type}, or holds no text."""
-    if column not in types:
-        names = ", ".join(types) or "nothing"
-        raise UserError(f"{where} has no column {column}, it has {names}; set --text_column")
-    if types[column] not in ("string", "large_string", "string_view", "str"):
-        raise UserError(f"column {column} of {where} holds {types[column]}, not text")
-
-
-# -----------------------------------------------------------------------------
-# Workers: texts in, tokens out, in order
-
-worker = {}  # in a worker process: how it encodes, and the documents that it reads
-
-
-def start_worker(encode, dataset, column):
-    """What a worker does first."""
-
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    # A pool tells its workers to go. A parent that is killed cannot: they would wait for ever.
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    worker.update(encode=encode, dataset=dataset, column=column)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(os.path.join(path, TEXT_COPY))
+        lock.release()
+        with contextlib.suppress(OSError):
+            if os.listdir(path) == [".lock"]:
+                os.remove(lock.lock_file)
+                os.rmdir(path)
 
 
 @contextlib.contextmanager
-def workers(num_proc, encode, source):
-    """A pool of processes that tokenize documents of the source."""
-    # Spawned everywhere: a fork would copy locks that threads of pyarrow or of the hub hold.
-    spawn = multiprocessing.get_context("spawn")
-    begin = encode, source.dataset, source.column
-    num_proc = min(num_proc, 61) if os.name == "nt" else num_proc  # Windows waits for no more
-    pool = ProcessPoolExecutor(num_proc, spawn, start_worker, begin)
-    # Ctrl-C is this process's business. That the others ignore it they inherit: it must hold while
-    # they still import what they need.
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        for _ in range(num_proc):
-            pool.submit(int)  # starts one more
-        signal.signal(signal.SIGINT, interrupt)
-        yield pool
-    except BrokenExecutor as e:
-        raise RunError("a worker process died (killed, or out of memory?)") from e
-    finally:
-        signal.signal(signal.SIGINT, interrupt)  # also where a worker could not be started
-        pool.shutdown(cancel_futures=True)
+def atomic_write(path):
+    """Open a temporary binary file that replaces `path` once it is complete and on disk."""
+    with open(f"{path}.tmp", "wb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
-def tokenize(job):
-    """Documents as (tokens uint16 (n,), lengths (documents,)); each is EOT and its own tokens."""
-    texts = worker["dataset"][job][worker["column"]] if worker["dataset"] else job
-    eot, parts = np.array([EOT], dtype=np.uint16), []
-    for text in texts:
-        if not isinstance(text, str):
-            raise UserError(f"a document is {type(text).__name__}, not text; see --text_column")
-        parts += [eot, worker["encode"](text)]
-    return np.concatenate(parts), np.array([1 + len(p) for p in parts[1::2]])
+def split_of(name):
+    """Return "train" or "val" for the file name of a shard, None for any other file."""
+    if name.startswith(".") or not name.endswith((".npy", ".bin")):
+        return None
+    return ([None] + re.findall(r"(?<![a-zA-Z])(train|val)(?![a-zA-Z])", name))[-1]
 
 
-def tokenized(source, pool, ahead, first, bar):
-    """Yields (first document, tokens, lengths, note) for all documents from `first` on, in order,
-    with up to `ahead` jobs given out beyond the one that is waited for."""
-    jobs, pending = source.jobs(first), []
-    while True:
-        for document, job, note in itertools.islice(jobs, ahead + 1 - len(pending)):
-            pending.append((document, pool.submit(tokenize, job), note))
-        if not pending:
-            return
-        document, result, note = pending.pop(0)
-        tokens, lengths = result.result()
-        bar.update(len(lengths))
-        yield document, tokens, lengths, note
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# -----------------------------------------------------------------------------
-# Shards
+def shard_problem(folder, entry):
+    """Compare the size of a shard with its manifest entry. Returns None if they agree."""
+    path = os.path.join(folder, entry["name"])
+    if not os.path.isfile(path):
+        return "missing"
+    header = 1024 if path.endswith(".bin") else 128
+    return None if os.path.getsize(path) == header + 2 * entry["tokens"] else "wrong size"
 
 
-def cut(batches, size, start, left):
-    """Cut tokenized documents, from the position `start` in them on, into shards of `size` tokens
-    and `left` tokens in all. Yields (tokens, what the manifest says about their place, note); the
-    tokens of the next shard will take the place of these.
-
-    A position {"document": d, "token": t} says that token t of document d comes next."""
-    shard = np.empty(min(size, left), dtype=np.uint16)
-    filled = documents = 0
-    skip, end = start["token"], start
-    for first, tokens, lengths, note in batches:
-        edges = np.concatenate([[0], np.cumsum(lengths)])  # where its documents begin and end
-        a, skip = skip, 0
-        while a < len(tokens) and left:
-            b = min(len(tokens), a + len(shard) - filled, a + left)
-            shard[filled : filled + b - a] = tokens[a:b]
-            filled, left = filled + b - a, left - (b - a)
-            documents += int(np.searchsorted(edges, b) - np.searchsorted(edges, a))
-            d = int(np.searchsorted(edges, b, side="right")) - 1  # the document of token b
-            end = {"document": first + d, "token": b - int(edges[d])}
-            a = b
-            if filled == len(shard):
-                yield shard, {"documents": documents, "start": start, "end": end}, note
-                filled, documents, start = 0, 0, end
-        if not left:  # and not when the next documents have come
-            break
-    if filled:  # the last shard of all is a short one
-        yield shard[:filled], {"documents": documents, "start": start, "end": end}, None
+def load_manifest(folder):
+    """Return the manifest of a directory, or a new one if it has no shards. Raises UserError."""
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.exists(path):
+        if os.path.isdir(folder) and any(map(split_of, os.listdir(folder))):
+            raise UserError(f"{folder} contains shards from another source; use another --out")
+        return {"format": MANIFEST_FORMAT, "settings": {}, "complete": False, "shards": []}
+    with contextlib.suppress(ValueError, LookupError, TypeError), open(path, encoding="utf-8") as f:
+        manifest = json.load(f)
+        if manifest["format"] == MANIFEST_FORMAT:
+            return manifest
+    raise UserError(f"{path} is not a manifest of this version of fineweb.py; move it away")
 
 
-def shard_name(index):
-    return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
+def check_settings(folder, manifest, settings):
+    """Raise UserError if the listed shards were created with other settings. Otherwise record them."""
+    old = manifest["settings"]
+    differ = [f"{k} {old.get(k)!r}, not {settings.get(k)!r}"
+              for k in {**old, **settings} if old.get(k) != settings.get(k)]  # fmt: skip
+    if not manifest["shards"]:
+        manifest["settings"] = settings
+    elif differ:
+        raise UserError(f"{folder} was created with {', '.join(differ)[:500]}; use another --out")
+    manifest.pop("note", None)  # written by earlier versions
 
 
-# -----------------------------------------------------------------------------
-# Making shards, and fetching them
+def save_manifest(folder, manifest, complete=False):
+    for key in ("tokens", "documents"):
+        manifest[key] = sum(entry[key] for entry in manifest["shards"])
+    manifest["complete"] = complete
+    with atomic_write(os.path.join(folder, MANIFEST)) as f:
+        f.write(json.dumps(manifest, indent=1).encode())
 
 
-def settings_of(args):
-    """What decides the bytes of the shards."""
-    if args.ready:
-        return {"ready": args.dataset, "revision": commit_of(args, "ready")}
+def record_shard(folder, manifest, name, tokens, positions=(), hub_sha256=None):
+    """Add a completed shard to the manifest. A shard whose sha256 is not that of the hub or of its
+    earlier version is deleted, because a rerun compares only sizes."""
+    path = os.path.join(folder, name)
+    entry = {"name": name, "tokens": len(tokens), "documents": int(np.count_nonzero(tokens == EOT)),
+             "sha256": sha256_of(path), **dict(positions)}  # fmt: skip
+    listed = {old["name"]: old["sha256"] for old in manifest["shards"]}
+    if entry["sha256"] != (hub_sha256 or listed.get(name, entry["sha256"])):
+        os.remove(path)
+        raise UserError(f"{name} has another sha256 than expected; rerun, or use another --out if its source "
+                        "has changed")
+    if name not in listed:
+        manifest["shards"].append(entry)
+    save_manifest(folder, manifest)
+    print_line(f"{name}: {len(tokens):,} tokens")
+
+
+def verify(folder):
+    """Compare size and sha256 of all shards with the manifest. Raises UserError."""
+    manifest = load_manifest(folder)
+    if not manifest["shards"]:
+        raise UserError(f"no shards in {folder}; check --out")
+    problems = dict.fromkeys(filter(split_of, os.listdir(folder)), "not in the manifest")
+    for entry in manifest["shards"]:
+        name = entry["name"]
+        problems[name] = shard_problem(folder, entry)
+        if not problems[name] and sha256_of(os.path.join(folder, name)) != entry["sha256"]:
+            problems[name] = "wrong sha256"
+    bad = [f"{name} ({problem})" for name, problem in sorted(problems.items()) if problem]
+    if bad:
+        raise UserError(f"bad shards in {folder}: {', '.join(bad)}; delete them and rerun the command that "
+                        "created them")
+    state = "" if manifest["complete"] else "; incomplete, rerun the command that created them"
+    print_line(f"{folder}: {len(problems)} shards, {manifest['tokens']:,} tokens, valid{state}")
+
+
+def resolve_settings(args, recorded):
+    """Return all settings that determine the bytes of the shards. Sets args.files, args.shard_size and
+    args.revision: the commit of --revision, else the recorded one, else that of main."""
+    from huggingface_hub import constants
+
+    args.files = expand_patterns(args.files or [])
+    args.shard_size = resolve_shard_size(args, recorded)
+    if args.files:
+        source = {"files": [[os.path.basename(p), os.path.getsize(p)] for p in args.files]}
+    else:
+        if args.revision is None and recorded.get("dataset") == args.dataset:
+            args.revision = recorded["revision"]
+        elif not os.path.isdir(args.dataset) and not constants.HF_HUB_OFFLINE:
+            args.revision = dataset_info(args).sha
+        source = {k: getattr(args, k) for k in ("dataset", "name", "split", "revision")}
     shuffle = None if args.shuffle is None else f"seed {args.shuffle}"
     if shuffle and args.streaming:
         import datasets
 
         shuffle += f", buffer of {STREAM_BUFFER:,}, datasets {datasets.__version__}"
-    if args.files:
-        args.files = expand(args.files)
-        source = {"files": [[os.path.basename(p), os.path.getsize(p)] for p in args.files]}
-    else:
-        args.revision = commit_of(args, "dataset")
-        source = {k: getattr(args, k) for k in ("dataset", "name", "split", "revision")}
     rest = {k: getattr(args, k) for k in ("text_column", "shard_size", "max_tokens")}
     return {**source, **rest, "shuffle": shuffle, "tokenizer": "gpt2"}
 
 
-def commit_of(args, key):
-    """The commit of --dataset: what --revision stands for now, or without it what the first run
-    into this folder read. `key` is what the settings call the data set."""
-    from huggingface_hub import HfApi, constants
-
-    manifest = load_manifest(args.out)
-    old = manifest["settings"] if manifest else {}  # what the shards in there were made with
-    if args.revision is None and old.get(key) == args.dataset:
-        return old["revision"]
-    if os.path.isdir(args.dataset) or constants.HF_HUB_OFFLINE:
-        return args.revision
-    with asking_the_hub(args.dataset):  # main moves, and a rerun is to read what this run reads
-        return HfApi().dataset_info(args.dataset, revision=args.revision, timeout=60).sha
+def expand_patterns(patterns):
+    """Return the files that match paths and glob patterns, in order, without duplicates."""
+    paths = []
+    for pattern in patterns:
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        paths += found or [pattern]
+    for path in paths:
+        if not os.path.isfile(path) or not path.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt")):
+            raise UserError(f"{path} is not a .parquet, .jsonl, .jsonl.gz or .txt file; check --files")
+    return list(dict.fromkeys(paths))
 
 
-def make(args, manifest, tokenizer):
-    """Make the listed shards that are not whole, and then all that are not listed. Yields (manifest
-    entry, note) when a shard is on disk."""
-    from tqdm import tqdm
-
-    shards, most = manifest["shards"], args.max_tokens or sys.maxsize
-    todo = [(i, s["start"], s["tokens"]) for i, s in enumerate(shards) if fault_of(args.out, s)]
-    start = shards[-1]["end"] if shards else {"document": 0, "token": 0}
-    if not manifest["complete"]:
-        todo.append((len(shards), start, most - manifest["tokens"]))
-    if not todo:  # then neither the network nor a vocabulary is needed
-        return
-    tokenizer = tokenizer or get_tokenizer("gpt2", timeout=60)
-    copy = os.path.join(args.out, ".documents.arrow")
-    ahead = max(32, 3 * args.num_proc)  # enough to do while a shard is brought to disk
-    try:
-        source = open_files(args, copy) if args.files else open_hub(args, manifest["note"])
-        total = None if args.max_tokens else source.total  # how many fill them is not known
-        bar = tqdm(total=total, initial=start["document"], unit=" documents", disable=None)
-        with workers(args.num_proc, tokenizer.encode, source) as pool, bar:
-            for index, start, left in todo:
-                batches = tokenized(source, pool, ahead, start["document"], bar)
-                for tokens, place, note in cut(batches, args.shard_size, start, left):
-                    path = os.path.join(args.out, shard_name(index))
-                    with atomic_write(path) as f:
-                        np.save(f, tokens)
-                    yield {**entry_of(path), **place}, note
-                    index += 1
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(copy)
+def resolve_shard_size(args, recorded):
+    """Return --shard_size, else the recorded size, else a default. Raises UserError if the first shard, which
+    is validation data, is known to hold all tokens."""
+    default, limit = 10**8, args.max_tokens or sys.maxsize
+    if args.files:
+        num_bytes = sum(map(os.path.getsize, args.files))
+        if any(path.endswith((".parquet", ".gz")) for path in args.files):
+            num_bytes *= 2  # text compresses 1.5 to 3 times
+        else:  # at least one byte per token, and <|endoftext|> per document
+            limit = min(limit, num_bytes + len(args.files))
+        default = min(default, max(1, min(num_bytes // 4, limit) // 10))  # English: 4 bytes per token
+    size = args.shard_size or recorded.get("shard_size") or default
+    if size >= limit and not recorded:
+        raise UserError(f"--shard_size {size} leaves nothing to train on: the first shard is validation "
+                        f"data, and there are at most {limit} tokens; use {max(1, limit // 10)} or less")
+    return size
 
 
-def fetch(args, manifest):
-    """Download what --ready asks for and is not there; yields (manifest entry, None)."""
+def dataset_info(args):
     from huggingface_hub import HfApi
 
-    commit = manifest["settings"]["revision"]
-    with asking_the_hub(args.dataset):
-        info = HfApi().dataset_info(args.dataset, revision=commit, files_metadata=True, timeout=60)
-    files = {file.rfilename: file for file in info.siblings}
-    bins = sorted(name for name in files if name.endswith(".bin") and "/" not in name)
-    val, train = ([name for name in bins if split_of(name) == s] for s in ("val", "train"))
-    number = len(train) if args.ready == ALL else args.ready
-    if number > len(train) or not val or not train:
-        raise UserError(f"{args.dataset} has {len(val)} val and {len(train)} train shards (.bin), "
-                        "too few; check --ready and --dataset")
-    faults = {entry["name"]: fault_of(args.out, entry) for entry in manifest["shards"]}
-    wanted = dict.fromkeys([*val, *train[:number], *faults])  # and what was wanted earlier
-    missing = [files[name] for name in wanted if faults.get(name, "not listed")]
-    if missing:
-        size = sum(file.size for file in missing) / 1e9
-        print(f"{len(missing)} shards of {args.dataset} to fetch, {size:.1f} GB, to {args.out}")
-    manifest["complete"] = False
-    for file in missing:
-        yield fetch_shard(args, file, commit), None
+    with hub_errors(args.dataset):
+        return HfApi().dataset_info(args.dataset, revision=args.revision, files_metadata=True, timeout=60)
 
 
-def fetch_shard(args, file, commit):
-    """The shard is on disk under its name, and good; returns its manifest entry."""
-    from huggingface_hub import hf_hub_download
-
-    name, path = file.rfilename, os.path.join(args.out, file.rfilename)
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path)  # not in the manifest it may be anything, else its size is wrong
-    with asking_the_hub(args.dataset):
-        hf_hub_download(args.dataset, name, repo_type="dataset", revision=commit,
-                        local_dir=args.out)
-    entry = entry_of(path)
-    if file.lfs and file.lfs.sha256 != entry["sha256"]:
-        os.remove(path)  # of the right size, a listed one would be taken for good the next time
-        raise RunError(f"{path} was damaged on its way (its sha256 is not the hub's)")
-    last = (0, entry["tokens"] - 1)  # up to there, all that begin in the shard
-    documents = TokenStream([open_shard(path)]).documents_before([last])[last]
-    return {**entry, "documents": documents}
+@contextlib.contextmanager
+def hub_errors(dataset):
+    """Convert the exceptions of `datasets` and `huggingface_hub` to a one-line error."""
+    try:
+        yield
+    except Exception as e:
+        problem, kind = f"could not load {dataset} ({one_line(e)})", type(e).__name__
+        # ValueError: unknown configuration or split
+        if re.match("(Dataset|DataFiles|Repository|Revision)NotFound|ValueError", kind):
+            raise UserError(f"{problem}; check --dataset, --name, --split and --revision, or log in: hf auth "
+                            "login") from e
+        raise ConnectionError(f"{problem}; check the network and the free disk space") from e
 
 
 # -----------------------------------------------------------------------------
-# The command
+# Sources: documents in a fixed order
 
 
-def run(args, tokenizer=None):
-    """Make, fetch or verify shards."""
+def open_data(args):
+    """Return the documents as a datasets.Dataset, or as an IterableDataset with --streaming."""
+    data = open_files(args) if args.files else open_hub(args)
+    if args.shuffle is None:
+        return data
+    if args.streaming:
+        return data.shuffle(args.shuffle, buffer_size=STREAM_BUFFER)
+    # RandomState, unlike default_rng, guarantees the same permutation in every version.
+    return data.select(np.random.RandomState(args.shuffle).permutation(len(data)))
+
+
+def open_hub(args):
+    import datasets
+
+    with hub_errors(args.dataset):
+        data = datasets.load_dataset(args.dataset, args.name, split=args.split, revision=args.revision,
+                                     streaming=args.streaming)
+        columns = data.features or next(iter(data), {})  # of a stream they may be unknown
+    types = {k: getattr(v, "dtype", type(v).__name__) for k, v in columns.items()}
+    check_column(args.dataset, args.text_column, types)
+    return data.select_columns([args.text_column])
+
+
+def open_files(args):
+    """Copy all texts to an Arrow file, which `datasets` maps into memory. A damaged file is thus reported
+    before the first shard is created."""
+    import datasets
+    import pyarrow as pa
+
+    schema = pa.schema([(args.text_column, pa.large_string())])
+    copy = os.path.join(args.out, TEXT_COPY)
+    texts = itertools.chain.from_iterable(read_texts(path, args.text_column) for path in args.files)
+    with pa.OSFile(copy, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while batch := list(itertools.islice(texts, JOB_DOCUMENTS)):
+            writer.write_batch(pa.record_batch([batch], schema=schema))
+    return datasets.Dataset.from_file(copy)
+
+
+def read_texts(path, column):
+    """Yield the texts of a file, None for a null. Raises UserError."""
+    try:
+        if path.endswith(".txt"):
+            with open(path, encoding="utf-8-sig") as f:
+                yield f.read()
+        elif path.endswith(".parquet"):
+            from pyarrow.parquet import ParquetFile
+
+            with ParquetFile(path) as f:
+                check_column(path, column, {x.name: str(x.type) for x in f.schema_arrow})
+                for batch in f.iter_batches(batch_size=JOB_DOCUMENTS, columns=[column]):
+                    yield from batch.column(0).to_pylist()
+        else:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
+                for number, line in enumerate(f, 1):
+                    if line.strip():
+                        yield parse_json_line(line, column, f"{path} line {number}")
+    except (OSError, EOFError, ValueError, zlib.error) as e:  # includes the errors of pyarrow
+        raise UserError(f"could not read {path}: {one_line(e)}; repair it or omit it") from e
+
+
+def parse_json_line(line, column, where):
+    """Return the text of a JSON object, None for a null. Raises UserError."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        types = {k: type(v).__name__ for k, v in row.items()}
+    except (ValueError, RecursionError, AttributeError) as e:  # a list has no items()
+        raise UserError(f"{where} is not a JSON object ({one_line(e, 100)}); repair it") from e
+    check_column(where, column, types)
+    # Unpaired surrogates, which JSON can contain, become U+FFFD as in tiktoken.
+    return row[column] and row[column].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def check_column(where, column, types):
+    """Raise UserError if `column` is not in {name: type name} or does not contain text."""
+    if types.get(column) not in ("string", "large_string", "string_view", "str", "NoneType"):
+        found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+        raise UserError(f"{where} has no text in column {column}, only {found}; set --text_column")
+
+
+def document_batches(data, args, start):
+    """Yield (number of the first document, texts) from document `start` on."""
+    if args.streaming:
+        first, batches = 0, data.iter(JOB_DOCUMENTS)
+        if start:
+            print_line(f"skipping the first {start:,} documents: their shards are complete")
+    else:
+        first = start
+        batches = (data[i : i + JOB_DOCUMENTS] for i in range(start, len(data), JOB_DOCUMENTS))
+    with hub_errors(args.dataset):
+        for batch in batches:
+            texts = batch[args.text_column]
+            if first + len(texts) > start:
+                yield max(first, start), texts[max(start - first, 0) :]
+            first += len(texts)
+
+
+# -----------------------------------------------------------------------------
+# Workers: texts in, tokens out, in order
+
+
+def load_encode():
+    """Return a function from text to GPT-2 tokens, uint16 (n,). Raises UserError."""
+    import requests
+    import tiktoken.load
+
+    # tiktoken's own download has no timeout.
+    tiktoken.load.read_file = lambda url: requests.get(url, timeout=60).content
+    try:
+        return functools.partial(encode_ordinary, tiktoken.get_encoding("gpt2"))
+    except Exception as e:
+        raise UserError(f"could not download the GPT-2 vocabulary ({one_line(e)}); set TIKTOKEN_CACHE_DIR to "
+                        "a directory that contains it") from e
+
+
+def encode_ordinary(bpe, text):
+    try:  # 15% faster than encode_ordinary, which creates a list
+        return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+    except (UnicodeEncodeError, AttributeError):  # unpaired surrogate; old tiktoken
+        return np.array(bpe.encode_ordinary(text), dtype=np.uint16)
+    except ValueError as e:  # its regular expression fails on a million spaces in a row
+        raise UserError(f"could not tokenize the text that starts with {text[:40]!r} ({one_line(e, 100)}); "
+                        "shorten its longest run of spaces") from e
+
+
+def init_worker():
+    def exit_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    # A parent that is killed cannot stop its workers.
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def start_workers(num_proc):
+    """Return a pool of processes that ignore Ctrl-C and exit with this process."""
+    # fork would copy locks that threads of pyarrow and huggingface_hub hold.
+    spawn = multiprocessing.get_context("spawn")
+    num_proc = min(num_proc, 61) if os.name == "nt" else num_proc  # the limit on Windows
+    pool = ProcessPoolExecutor(num_proc, spawn, init_worker)
+    # Workers inherit SIG_IGN, so that Ctrl-C does not interrupt their imports.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for _ in range(num_proc):
+        pool.submit(int)  # starts a worker
+    signal.signal(signal.SIGINT, handler)
+    return pool
+
+
+def tokenize(encode, first, texts):
+    """Return (first document, tokens uint16 (n,), tokens per document, texts with <|endoftext|>)."""
+    # A null has no tokens but is counted as a document, so that positions stay row numbers.
+    parts = [np.empty(0, np.uint16) if text is None else np.append(np.uint16(EOT), encode(text))
+             for text in texts]  # fmt: skip
+    literals = sum("<|endoftext|>" in text for text in texts if text)
+    return first, np.concatenate(parts), np.array([len(part) for part in parts]), literals
+
+
+def tokenize_batches(batches, encode, pool, ahead, bar, counts):
+    """Yield (first document, tokens, tokens per document) in order. Keeps up to `ahead` batches submitted and
+    updates the progress bar and the counts."""
+    pending = []
+    while True:
+        for batch in itertools.islice(batches, ahead + 1 - len(pending)):
+            pending.append(pool.submit(tokenize, encode, *batch))
+        if not pending:
+            return
+        first, tokens, lengths, literals = pending.pop(0).result()
+        bar.update(len(lengths))
+        counts.update(null=np.count_nonzero(lengths == 0), literal=literals)
+        yield first, tokens, lengths
+
+
+# -----------------------------------------------------------------------------
+# Creating and downloading shards
+
+
+def pack_shards(batches, size, start, limit):
+    """Pack tokenized documents into shards of `size` tokens, at most `limit` tokens in total.
+
+    Yields (tokens, {"start": position, "end": position}); the array of tokens is reused. A position
+    {"document": d, "token": t} means that token t of document d comes next.
+    """
+    shard = np.empty(min(size, limit), dtype=np.uint16)
+    filled, skip, end = 0, start["token"], start
+    for first, tokens, lengths in batches:
+        edges = np.concatenate([[0], np.cumsum(lengths)])  # document boundaries in `tokens`
+        a, skip = skip, 0
+        while a < len(tokens) and limit:
+            b = min(len(tokens), a + len(shard) - filled, a + limit)
+            shard[filled : filled + b - a] = tokens[a:b]
+            filled, limit = filled + b - a, limit - (b - a)
+            d = int(np.searchsorted(edges, b, side="right")) - 1  # the document of token b
+            end = {"document": first + d, "token": b - int(edges[d])}
+            a = b
+            if filled == len(shard):
+                yield shard, {"start": start, "end": end}
+                filled, start = 0, end
+        if not limit:  # without waiting for the next batch
+            break
+    if filled:
+        yield shard[:filled], {"start": start, "end": end}
+
+
+def create_shards(args, manifest):
+    """Create the listed shards that are missing or damaged, then all that are not listed yet."""
+    shards = manifest["shards"]
+    todo = [(i, entry["start"], entry["tokens"]) for i, entry in enumerate(shards)
+            if shard_problem(args.out, entry)]  # fmt: skip
+    if not manifest["complete"]:
+        start = shards[-1]["end"] if shards else {"document": 0, "token": 0}
+        limit = (args.max_tokens or sys.maxsize) - sum(entry["tokens"] for entry in shards)
+        todo.append((len(shards), start, limit))
+    if not todo:  # requires neither the network nor the vocabulary
+        return
+    prefix = "edufineweb" if args.dataset == DATASET and not args.files else "tokens"
+    if shards:  # all shards of a directory have one prefix
+        prefix = shards[0]["name"].rsplit("_", 2)[0]
+    encode, data = load_encode(), open_data(args)
+    bar = tqdm(unit=" documents", initial=todo[-1][1]["document"], disable=None,
+               total=None if args.streaming or args.max_tokens else len(data))
+    ahead, counts = max(32, 3 * args.num_proc), Counter()  # enough work while a shard is written
+    with bar, start_workers(args.num_proc) as pool:
+        for index, start, limit in todo:
+            batches = document_batches(data, args, start["document"])
+            batches = tokenize_batches(batches, encode, pool, ahead, bar, counts)
+            for tokens, positions in pack_shards(batches, args.shard_size, start, limit):
+                if not shards:  # a rerun refuses shards without a manifest
+                    save_manifest(args.out, manifest)
+                name = f"{prefix}_{'train' if index else 'val'}_{index:06d}.npy"
+                with atomic_write(os.path.join(args.out, name)) as f:
+                    np.save(f, tokens)
+                record_shard(args.out, manifest, name, tokens, positions)
+                index += 1
+    if counts["null"]:
+        print_line(f"skipped {counts['null']:,} rows whose text is null")
+    if counts["literal"]:
+        print_line(f'warning: {counts["literal"]:,} texts contain "<|endoftext|>"; it was encoded as '
+                   "ordinary text, not as a document boundary", "stderr")
+    if not shards:
+        raise UserError("no documents to read; check --files or --dataset")
+    save_manifest(args.out, manifest, complete=True)
+
+
+def download_shards(args, manifest):
+    """Download the requested shards that are missing or damaged."""
+    from huggingface_hub import hf_hub_download
+
+    if args.revision is None and manifest["settings"].get("ready") == args.dataset:
+        args.revision = manifest["settings"]["revision"]
+    info = dataset_info(args)
+    check_settings(args.out, manifest, {"ready": args.dataset, "revision": info.sha})
+    files = {file.rfilename: file for file in info.siblings}
+    names = sorted(name for name in files if name.endswith(".bin") and "/" not in name)
+    val, train = ([name for name in names if split_of(name) == s] for s in ("val", "train"))
+    number = len(train) if args.pretokenized == ALL else args.pretokenized
+    if number > len(train) or not val or not train:
+        raise UserError(f"{args.dataset} has {len(val)} val and {len(train)} train shards (.bin); "
+                        "check --pretokenized and --dataset")
+    problems = {entry["name"]: shard_problem(args.out, entry) for entry in manifest["shards"]}
+    wanted = dict.fromkeys([*val, *train[:number], *problems])
+    missing = [files[name] for name in wanted if problems.get(name, "not listed")]
+    if missing:
+        size = sum(file.size for file in missing) / 1e9
+        print_line(f"downloading {len(missing)} shards of {args.dataset}, {size:.1f} GB, to {args.out}")
+        save_manifest(args.out, manifest)  # incomplete until all are there
+    for file in missing:
+        path = os.path.join(args.out, file.rfilename)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)  # not in the manifest, or of the wrong size
+        with hub_errors(args.dataset):
+            hf_hub_download(args.dataset, file.rfilename, repo_type="dataset", revision=info.sha,
+                            local_dir=args.out)
+        tokens = np.fromfile(path, "<u2")[512:]  # after the header
+        record_shard(args.out, manifest, file.rfilename, tokens, hub_sha256=file.lfs and file.lfs.sha256)
+    save_manifest(args.out, manifest, complete=True)
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+
+def run(args):
+    """Create, download or verify shards."""
     if args.verify:
         return verify(args.out)
-    started = time.perf_counter()
-    with only_writer(args.out, ".bin" if args.ready else ".npy"):
-        manifest = open_manifest(args.out, settings_of(args))
-        made = fetch(args, manifest) if args.ready else make(args, manifest, tokenizer)
-        with promise(args.out), contextlib.closing(made):
-            complete(args.out, manifest, made)
-    tokens, shards = manifest["tokens"], manifest["shards"]
-    print(f"{args.out}: {tokens:,} tokens of {manifest['documents']:,} documents in {len(shards)} "
-          f"shards, {2 * tokens / 1e9:.2f} GB, {time.perf_counter() - started:.0f} s")
-    if len(shards) == 1:
-        print("all of it is the val shard, nothing is left to train on: delete that folder and give"
-              f" the command again with --shard_size well below {tokens:,}")
+    with locked_dir(args.out):
+        manifest = load_manifest(args.out)
+        if args.pretokenized:
+            download_shards(args, manifest)
+        else:
+            check_settings(args.out, manifest, resolve_settings(args, manifest["settings"]))
+            create_shards(args, manifest)
+    tokens, number = manifest["tokens"], len(manifest["shards"])
+    print_line(f"{args.out}: {tokens:,} tokens of {manifest['documents']:,} documents in {number} shards")
+    if number == 1:
+        print_line("warning: all tokens are in the validation shard, none are left to train on; delete "
+                   f"{args.out} and rerun with --shard_size {max(tokens // 10, 1)} or less", "stderr")
 
 
-HUB_DEFAULTS = {  # what makes long downloads last; the environment goes before it
-    "HF_HUB_ENABLE_HF_TRANSFER": "0", "HF_HUB_DISABLE_XET": "1",
-    "HF_HUB_DOWNLOAD_TIMEOUT": "300", "HF_HUB_ETAG_TIMEOUT": "60",
-}
-NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-
-
-def main(argv=None, tokenizer=None):
-    """The command; ends the process with its status."""
-    on_a_terminal = sys.stderr is not None and sys.stderr.isatty()
-    for name, value in (HUB_DEFAULTS if on_a_terminal else HUB_DEFAULTS | NO_BARS).items():
-        os.environ.setdefault(name, value)
-    run_main("fineweb.py", lambda: run(parse_args(argv), tokenizer),
-             smaller="fewer processes (--num_proc) or a smaller --shard_size")
+def main(argv=None):
+    """Run the command. Errors exit with status 1 (environment), 2 (user's mistake) or 130 (interrupted)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "300")
+    if not sys.stderr or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    rerun = "completed shards are safe, rerun to continue"
+    try:
+        return run(parse_args(argv))
+    except UserError as e:
+        status, message = 2, f"error: {e}"
+    except ImportError as e:
+        status, message = 2, f"error: {e}; run pip install -r requirements.txt"
+    except (MemoryError, BrokenExecutor) as e:
+        status, message = 1, f"error: out of memory? {one_line(e)}; reduce --num_proc; {rerun}"
+    except OSError as e:
+        status, message = 1, f"error: {e}; {rerun}"
+    except KeyboardInterrupt:
+        status, message = 130, f"interrupted; {rerun}"
+    with contextlib.suppress(OSError):
+        print(f"fineweb.py: {' '.join(message.splitlines())}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

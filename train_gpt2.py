@@ -26,6 +26,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -95,16 +96,16 @@ def build_parser(model_class):
     add = parser.add_group("command", "for this call only, not restored by --resume")
     add("preset", str, "auto", "model size and learning rate; auto: smoke on a CPU; on a GPU gpt2 with "
         "shards, --data, --resume or several ranks, else smoke", choices=("auto", *model_class.presets))
-    add("init", nonempty, "scratch", "initial weights: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl "
+    add("init", user_path, "scratch", "initial weights: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl "
         "(Hugging Face), or the path of a checkpoint")
     add("device", nonempty, "auto", "cuda, cuda:1, mps or cpu; auto: the first of cuda, mps and cpu")
-    add("log_dir", nonempty, default_log_dir(model_class.arch), "directory for log, checkpoints and curves")
+    add("log_dir", user_path, default_log_dir(model_class.arch), "directory for log, checkpoints and curves")
     add("resume", None, False, "resume from the latest valid checkpoint in --log_dir; start fresh if there "
         "is none", shown="", action="store_true")
     add("eval_only", None, False, "evaluate the weights of --init or --resume, print samples, then exit",
         shown="", action="store_true")
-    add("export_hf", nonempty, None, "export the weights to this directory in Hugging Face format, then exit",
-        shown="", metavar="DIR")
+    add("export_hf", user_path, None, "export the weights to this directory in Hugging Face format, then "
+        "exit", shown="", metavar="DIR")
     add("inspect", nonnegative_int, None, "print the shards, offsets and text of this step, then exit",
         shown="", metavar="STEP")
 
@@ -156,7 +157,7 @@ def build_parser(model_class):
     add("temperature", nonnegative_float, 1.0, "sampling temperature (0 = greedy)")
 
     add = parser.add_group("files", "paths may change on --resume; the training data must be identical")
-    add("data", nonempty, None, "directory of token shards, or a UTF-8 text file",
+    add("data", user_path, None, "directory of token shards, or a UTF-8 text file",
         shown="edu_fineweb10B next to this script; smoke: input.txt")
     add("save_every", nonnegative_int, 1000, "interval of last.pt in steps (0 = only at the end)")
     add("checkpoint_every", nonnegative_int, 5000, "interval of the permanent model_{step:05d}.pt in steps "
@@ -323,7 +324,7 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         # Softmax and log in float32: in bfloat16 a log-probability near -10 is rounded to multiples of 1/16.
-        return None, F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1))
+        return None, F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1))
 
     def hidden_states(self, idx, pos=None, mask=None, kv_cache=None):
         """Map token ids (B, T) to the final hidden states (B, T, C), the input of the output head.
@@ -436,9 +437,10 @@ class GPT(nn.Module):
                         {"params": nodecay_params, "weight_decay": 0.0}]
         # The fused kernel does the whole update of many tensors in one launch. The default launches one
         # kernel per arithmetic operation and moves the state through memory each time.
-        print0("using fused AdamW: True")
+        use_fused = device_type in ("cuda", "cpu", "mps")
+        print0(f"using fused AdamW: {use_fused}")
         return make_optimizer(torch.optim.AdamW, param_groups, zero, lr=learning_rate, betas=(0.9, 0.95),
-                              eps=1e-8, fused=True)
+                              eps=1e-8, fused=use_fused)
 
     def make_optimizers(self, args, device_type, zero):
         """Build {name: optimizer}. "ratio" in a parameter group multiplies the scheduled learning rate."""
@@ -760,7 +762,7 @@ class Trainer:
             load_optimizer_state(self.optimizers[name], state)
         if ckpt["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(ckpt["scaler"])
-        torch.set_rng_state(ckpt["rng"])
+        torch.set_rng_state(ckpt.pop("rng"))
         self.step = ckpt["step"]
 
     def fetch_batch(self):
@@ -1048,6 +1050,8 @@ def keep_freed_memory():
 
 def can_compile(device):
     """Try a tiny torch.compile; if it fails (no gcc, no Triton, old GPU) print a warning, return False."""
+    if rank():  # torch._dynamo's warnings are the same on all ranks
+        torch._logging.set_logs(all=logging.ERROR)
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
         return True
@@ -1461,6 +1465,10 @@ def nonempty(text):
     if not text:  # most often an unset shell variable
         raise argparse.ArgumentTypeError("must not be empty")
     return text
+
+
+def user_path(text):
+    return os.path.expanduser(nonempty(text))  # shells do not expand the ~ of --data=~/shards
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -2071,7 +2079,7 @@ def resolve_config(cli_args, defaults, group_of, model_class, dist, resume_ckpt,
             print0(f"preset {preset} ({reason})")
         config = defaults | model_class.presets[preset]
     if init_ckpt:
-        config |= init_flags(cli_args, defaults, group_of, model_class, init_ckpt)
+        config |= init_flags(cli_args, defaults, group_of, init_ckpt)
     args = argparse.Namespace(**config | cli_args | {"preset": preset})
     if args.dtype == "auto" and resume_ckpt:
         args.dtype = resume_ckpt["flags"]["dtype"]
@@ -2099,9 +2107,6 @@ def check_config(args):
         raise UserError(f"--pos rope needs an even head size, not {args.n_embd // args.n_head}")
     if args.T > args.block_size:
         raise UserError(f"--T {args.T} is greater than --block_size {args.block_size}")
-    if args.warmup_steps > args.max_steps:
-        warn(f"--warmup_steps {args.warmup_steps} is greater than --max_steps {args.max_steps}: the learning "
-             "rate never reaches --max_lr")
 
 
 def resume_flags(cli_args, defaults, group_of, model_class, ckpt):
@@ -2111,7 +2116,8 @@ def resume_flags(cli_args, defaults, group_of, model_class, ckpt):
                         "with commit 7f9751b, or start from its weights with --init")
     saved = defaults | {name: value for name, value in ckpt["flags"].items() if name in defaults}
     groups = ("model",) if "eval_only" in cli_args else ("model", "data order")
-    requested = preset_sizes(cli_args, group_of, model_class) | cli_args
+    requested = model_class.presets.get(cli_args.get("preset"), {})
+    requested = {name: value for name, value in requested.items() if group_of[name] == "model"} | cli_args
     check_unchanged({f"--{name}": (saved[name], value) for name, value in requested.items()
                      if group_of[name] in groups})
     config = saved | {name: value for name, value in defaults.items() if group_of[name] == "command"}
@@ -2125,20 +2131,13 @@ def resume_flags(cli_args, defaults, group_of, model_class, ckpt):
     return config
 
 
-def preset_sizes(cli_args, group_of, model_class):
-    """The model flags of an explicit --preset."""
-    preset = model_class.presets.get(cli_args.get("preset"), {})
-    return {name: value for name, value in preset.items() if group_of[name] == "model"}
-
-
-def init_flags(cli_args, defaults, group_of, model_class, ckpt):
-    """The flags that --init sets. Raises UserError if --preset or explicit model flags contradict it."""
+def init_flags(cli_args, defaults, group_of, ckpt):
+    """The flags that --init sets. Raises UserError if explicit model flags contradict it."""
     config = {name: value for name, value in ckpt["config"].items() if group_of.get(name) == "model"}
-    requested = preset_sizes(cli_args, group_of, model_class) | cli_args
-    for name in sorted(config.keys() & requested.keys()):
-        if requested[name] != config[name]:
-            raise UserError(f"--{name} {requested[name]} contradicts --init {cli_args['init']}, which has "
-                            f"{config[name]}; omit --{name} or --preset")
+    for name in sorted(config.keys() & cli_args.keys()):
+        if cli_args[name] != config[name]:
+            raise UserError(f"--{name} {cli_args[name]} contradicts --init {cli_args['init']}, which has "
+                            f"{config[name]}; omit --{name}")
     if "eval_only" in cli_args:  # use the data and evaluation settings of its run
         flags = ckpt.get("flags", {})
         config |= {name: flags.get(name, defaults[name]) for name in ("data", "T", "val_tokens", "hellaswag")}
@@ -2411,6 +2410,9 @@ def open_run_log(args, dist, trainer, data, use_compile, stack):
         print0(f"found {len(stream.names)} shards for split {split}: {len(stream):,} tokens")
     epochs = args.max_steps * loader.sequences_per_step / loader.n_windows
     print0(f"max_steps {args.max_steps} is {epochs:.3f} epochs of {loader.n_windows:,} windows")
+    if args.warmup_steps > args.max_steps:
+        warn(f"--warmup_steps {args.warmup_steps} is greater than --max_steps {args.max_steps}: the learning "
+             "rate never reaches --max_lr")
     dist.all_gather_object()  # all ranks have passed all checks: files may be written now
     run_log = None
     if dist.master_process:

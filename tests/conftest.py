@@ -14,8 +14,7 @@
     test_structure     imports, function lengths, each script copied alone
     test_readme        the commands of the README
     test_fineweb, test_pretokenized, test_hellaswag, test_plot: the other scripts
-
-processes.py starts the runs and stops them at named points.
+    processes.py       starts the runs and stops them at named points
 """
 
 import os
@@ -40,17 +39,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = [
-    "--preset=gpt2", "--device=cpu", "--dtype=float32", "--n_layer=2", "--n_head=2", "--n_embd=32",
-    "--vocab_size=512", "--block_size=32", "--T=16", "--B=2", "--total_batch_size=256",
-    "--max_lr=3e-3", "--warmup_steps=3", "--max_steps=12", "--eval_every=5", "--val_tokens=512",
-    "--num_samples=0", "--save_every=4", "--checkpoint_every=8",
+    "--preset=gpt2", "--device=cpu", "--dtype=float32", "--n_layer=2", "--n_head=2", "--n_embd=32", "--T=16",
+    "--B=2", "--vocab_size=512", "--block_size=32", "--total_batch_size=256", "--max_lr=3e-3",
+    "--warmup_steps=3", "--max_steps=12", "--eval_every=5", "--val_tokens=512", "--num_samples=0",
+    "--save_every=4", "--checkpoint_every=8",
 ]  # fmt: skip
 
 
 def has_vocabulary():
     """Whether GPT-2's vocabulary is available without a network."""
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
-    return folder is not None and os.path.isdir(folder)
+    return os.path.isdir(os.environ.get("TIKTOKEN_CACHE_DIR", ""))
 
 
 def write_shards(folder, sizes=(3000,), val=1000, high=500, seed=0):
@@ -64,19 +62,10 @@ def write_shards(folder, sizes=(3000,), val=1000, high=500, seed=0):
     return str(folder)
 
 
-def command(*flags, processes=1):
-    """The command line of train_gpt2.py, with torchrun for several processes."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*start, str(ROOT / "train_gpt2.py"), *map(str, flags)]
-
-
-def train(*flags, cwd, processes=1, timeout=900, **env):
+def train(*flags, cwd, **env):
     """Run train_gpt2.py; returns a CompletedProcess with text output."""
-    return subprocess.run(command(*flags, processes=processes), cwd=cwd, capture_output=True,
-                          text=True, timeout=timeout, env=os.environ | env,
-                          stdin=subprocess.DEVNULL)
+    return subprocess.run([sys.executable, ROOT / "train_gpt2.py", *map(str, flags)], cwd=cwd, text=True,
+                          capture_output=True, timeout=900, env=os.environ | env, stdin=subprocess.DEVNULL)
 
 
 def read_log(folder, name="log.txt"):
@@ -114,9 +103,8 @@ class Progress:
         now = time.monotonic()
         if now - self.printed > 30:
             left = (now - self.start) / self.done * (self.total - self.done)
-            minutes, seconds = divmod(round(left), 60)
             # the long files come first, so early estimates are useless
-            guess = f", ETA {minutes}:{seconds:02}" if 5 * self.done > self.total else ""
+            guess = f", ETA {left / 60:.1f} minutes" if 5 * self.done > self.total else ""
             print(f"\n{self.done} of {self.total} tests{guess}")
             self.printed = now
 
@@ -124,10 +112,6 @@ class Progress:
 def pytest_collection_modifyitems(items):
     names = [f"test_{name}" for name in ORDER]
     items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else 99)
-
-
-# -----------------------------------------------------------------------------
-# Runs and comparisons
 
 
 @pytest.fixture(scope="session")
@@ -184,11 +168,6 @@ def equal(a, b):
     return a == b
 
 
-def differing_lines(a, b, name="log.txt"):
-    a, b = ((Path(x) / name).read_bytes().split(b"\n") for x in (a, b))
-    return sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b))
-
-
 def assert_same_end(folder, uninterrupted):
     """Assert that log, weights and optimizer of a finished run equal the uninterrupted run's."""
     folder, uninterrupted = Path(folder), Path(uninterrupted)
@@ -196,9 +175,8 @@ def assert_same_end(folder, uninterrupted):
     a, b = weights(folder), weights(uninterrupted)
     for part in ("step", "model", "optimizer", "val_loss", "rng"):
         assert equal(a[part], b[part]), part
-    kept = {p.name for p in uninterrupted.glob("model_*.pt")}
-    assert {p.name for p in folder.glob("model_*.pt")} == kept
-    assert not list(folder.glob("*.tmp"))
+    names, expected = ({p.name for p in x.glob("model_*.pt")} for x in (folder, uninterrupted))
+    assert names == expected and not list(folder.glob("*.tmp"))
 
 
 def assert_close(log, reference):

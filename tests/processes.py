@@ -1,18 +1,17 @@
 """Run train_gpt2.py as real processes that start in 20 ms and stop at named points of the code.
 
-`Forks` is a process that has torch and train_gpt2 imported and forks a run on request. `start` returns
-one Run, `ranks` the runs of one job, `torchrun` the job as a user starts it.
+`Forks` is a process that has torch and train_gpt2 imported and forks a run on request. `start` returns one
+Run, `ranks` the runs of one job, `torchrun` the job as a user starts it.
 
-No test depends on timing. A run executes its `patch` first: Python code with the names of this module,
-which can stop, kill or signal the run at the nth call of a function or the nth execution of a line.
+No test depends on timing. A run executes its `patch` first: Python code with the names of this module, which
+can stop, kill or signal the run at the nth call of a function or the nth execution of a line.
 
     patch='at("os.replace", kill, match="last.pt")'
     patch='at("train_gpt2.DataLoaderLite.read", wait, nth=5)'      run.arrived().kill(); run.release()
     patch='at_line("train_gpt2.py:66", 2, kill)'
-
-The timeouts below only end a test that hangs.
 """
 
+import builtins
 import contextlib
 import errno
 import functools
@@ -34,13 +33,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LINUX = sys.platform == "linux"  # elsewhere a run is a new process, and nothing is killed
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
-HANG_TIMEOUT_S = 300
+HANG_TIMEOUT_S = 300  # only ends a test that hangs
 sleep = time.sleep  # a patch may replace time.sleep
-
-# -----------------------------------------------------------------------------
-# In the run: named points and the actions there
-
 job = {}  # the order of this run
+
+
+def wait_until(condition, report):
+    """Wait until condition() holds; report() is the message if that takes too long."""
+    deadline = time.monotonic() + HANG_TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, report()
+        sleep(0.01)
+
+
+# In the run: named points and the actions there
 
 
 def kill():
@@ -59,16 +65,7 @@ def raises(signum):
 def wait():
     """Wait until the test calls release()."""
     Path(job["out"] + ".arrived").touch()
-    for _ in range(100 * HANG_TIMEOUT_S):
-        if os.path.exists(job["out"] + ".go"):
-            return
-        sleep(0.01)
-    kill()
-
-
-def owner_of(name):
-    module, _, attribute = name.rpartition(".")
-    return pkgutil.resolve_name(module), attribute
+    wait_until(lambda: os.path.exists(job["out"] + ".go"), lambda: "the test did not call release()")
 
 
 def evaluating():
@@ -78,9 +75,10 @@ def evaluating():
 
 
 def at(name, action, nth=1, match="", before=True, when=lambda: True):
-    """Do `action` at the nth call of, for example, "os.replace" whose path arguments contain `match`,
-    among the calls for which when() holds."""
-    owner, attribute = owner_of(name)
+    """Do `action` at the nth call of, for example, "os.replace" whose path arguments contain `match`, among
+    the calls for which when() holds."""
+    module, _, attribute = name.rpartition(".")
+    owner = pkgutil.resolve_name(module)
     real, calls = getattr(owner, attribute), itertools.count(1)
 
     @functools.wraps(real)
@@ -117,8 +115,6 @@ def torn_save(action, when=lambda n, state: True):
 
 def torn_log(action, when=lambda n: True):
     """Write seven bytes to log.txt and then do `action`, at the writes n for which when(n)."""
-    import builtins
-
     real, calls = open, itertools.count(1)
 
     class Torn(io.FileIO):
@@ -130,9 +126,8 @@ def torn_log(action, when=lambda n: True):
             return n
 
     def opened(path, mode="r", *args, **kwargs):
-        if str(path).endswith("log.txt") and mode == "ab":
-            return io.BufferedWriter(Torn(path, "ab"), 1 << 20)
-        return real(path, mode, *args, **kwargs)
+        torn = str(path).endswith("log.txt") and mode == "ab"
+        return io.BufferedWriter(Torn(path, "ab"), 1 << 20) if torn else real(path, mode, *args, **kwargs)
 
     builtins.open = opened
 
@@ -146,10 +141,7 @@ def trace(seen):
             seen(f"{product[frame.f_code.co_filename]}:{frame.f_lineno}")
         return local
 
-    def called(frame, event, arg):
-        return local if frame.f_code.co_filename in product else None
-
-    sys.settrace(called)
+    sys.settrace(lambda frame, event, arg: local if frame.f_code.co_filename in product else None)
 
 
 def count_lines(path):
@@ -161,15 +153,8 @@ def count_lines(path):
 
 def at_line(line, nth, action):
     """Do `action` before the nth execution of a line, or at exit if it is executed less often."""
-    left = [nth]
-
-    def seen(this):
-        if this == line:
-            left[0] -= 1
-            if not left[0]:
-                action()
-
-    trace(seen)
+    executions = itertools.count(1)
+    trace(lambda this: this == line and next(executions) == nth and action())
     at("train_gpt2.exit_process", action)
 
 
@@ -198,18 +183,15 @@ def do(order):
         os._exit(e.code)  # Python's teardown with torch takes a second
 
 
-# -----------------------------------------------------------------------------
 # The process that forks
 
 
 def enter(order):
     """Set the working directory and environment of a run; None unsets a variable."""
     os.chdir(order["cwd"])
-    for name, value in order["env"].items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    for name in order["env"]:
+        os.environ.pop(name, None)
+    os.environ.update({name: value for name, value in order["env"].items() if value is not None})
 
 
 def child(order):
@@ -219,22 +201,16 @@ def child(order):
         os.dup2(fd, number)
         os.close(fd)
     sys.stdin = open(0, closefd=False)
-    if order["torchrun"]:
-        from torch.distributed.run import main
-
-        enter(order)
-        return main(order["torchrun"])
-    do(order)
+    if not order["torchrun"]:
+        return do(order)
+    enter(order)
+    importlib.import_module("torch.distributed.run").main(order["torchrun"])
 
 
-def serve(warm):
-    import train_gpt2  # noqa: F401
-
-    if warm:
-        import torch._dynamo
-        import torch.distributed.optim  # noqa: F401
-        import torch.distributed.run  # noqa: F401
-
+def serve(modules):
+    """Import the modules. Then start a run, or print a status, for each line of stdin."""
+    for module in modules:
+        importlib.import_module(module)
     live = set()
     for line in iter(sys.stdin.readline, ""):
         order = json.loads(line)
@@ -253,7 +229,6 @@ def serve(warm):
             os.killpg(pid, KILL)
 
 
-# -----------------------------------------------------------------------------
 # In the test
 
 
@@ -263,9 +238,10 @@ class Forks:
     def __init__(self, folder, warm=True):
         """warm: import everything that a run may need, including the compiler."""
         self.n, self.folder, self.popen = 0, Path(folder), {}
+        modules = ["torch._dynamo", "torch.distributed.optim", "torch.distributed.run"] if warm else []
         if LINUX:
-            self.process = subprocess.Popen([sys.executable, __file__, *["warm"] * warm], text=True,
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.process = subprocess.Popen([sys.executable, __file__, "serve", "train_gpt2", *modules],
+                                            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, **order):
         if not LINUX:
@@ -278,9 +254,8 @@ class Forks:
         """The same on systems without fork."""
         if poll:
             return self.popen[poll].poll()
-        line = [__file__, json.dumps(order)]
-        if order["torchrun"]:
-            line = ["-m", "torch.distributed.run", *order["torchrun"]]
+        torchrun = ["-m", "torch.distributed.run", *(order["torchrun"] or [])]
+        line = torchrun if order["torchrun"] else [__file__, json.dumps(order)]
         env = {k: v for k, v in (os.environ | order["env"]).items() if v is not None}
         with open(order["out"], "a") as out, open(order["err"], "a") as err:
             process = subprocess.Popen([sys.executable, *line], cwd=order["cwd"], env=env,
@@ -291,11 +266,11 @@ class Forks:
     def start(self, *flags, cwd, patch="", torchrun=None, kind=None, script=None, **env):
         """Start a Run. patch: Python code that it executes first, with the names of this module."""
         self.n += 1
-        out, err = (str(self.folder / f"{self.n}.{stream}") for stream in ("out", "err"))
-        for path in (out, err):
-            Path(path).touch()
-        order = dict(flags=list(map(str, flags)), cwd=str(cwd), patch=patch, env=env, out=out,
-                     err=err, torchrun=torchrun, script=script)
+        out, err = self.folder / f"{self.n}.out", self.folder / f"{self.n}.err"
+        out.touch()
+        err.touch()
+        order = dict(flags=list(map(str, flags)), cwd=str(cwd), patch=patch, env=env, torchrun=torchrun,
+                     script=script, out=str(out), err=str(err))
         return (kind or Run)(self, order)
 
     def run(self, *flags, **how):
@@ -307,22 +282,21 @@ class Forks:
 
         of: {rank: what differs there}, a dict of extra flags, cwd, and a patch after the common one.
         """
-        port, runs = free_port(), Ranks()
+        runs, size = Ranks(), str(n)
+        env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=size,
+                    LOCAL_WORLD_SIZE=size)
         for rank in range(n):
             own = (of or {}).get(rank, {})
-            runs.append(self.start(
-                *flags, *own.get("flags", ()), cwd=own.get("cwd", cwd),
-                patch=patch + "\n" + own.get("patch", ""), RANK=str(rank), LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port), **env))
+            runs.append(self.start(*flags, *own.get("flags", ()), cwd=own.get("cwd", cwd), RANK=str(rank),
+                                   patch=patch + "\n" + own.get("patch", ""), LOCAL_RANK=str(rank), **env))
         return runs
 
     def torchrun(self, n, *flags, cwd, patch="", options=("--standalone",), **env):
         """Start torchrun with n processes; patch="none" runs the script itself, as a user does."""
-        start, out = [*options, f"--nproc_per_node={n}"], str(self.folder / f"{self.n + 1}.out")
-        line = [*start, *fresh_run(*flags, cwd=cwd, patch=patch, out=out)]
-        if patch == "none":
-            line = [*start, str(ROOT / "train_gpt2.py"), *map(str, flags)]
+        run = [ROOT / "train_gpt2.py", *flags]
+        if patch != "none":
+            run = fresh_run(*flags, cwd=cwd, patch=patch, out=str(self.folder / f"{self.n + 1}.out"))
+        line = [*options, f"--nproc_per_node={n}", *map(str, run)]
         return self.start(cwd=cwd, torchrun=line, kind=Torchrun, **env)
 
     def close(self):
@@ -342,19 +316,17 @@ class Run:
         self.forks, self.out, self.err, self.status = forks, order["out"], order["err"], None
         self.pid = forks.ask(**order)
 
-    @property
-    def stdout(self):
-        return Path(self.out).read_text(errors="replace")
+    stdout = property(lambda self: Path(self.out).read_text(errors="replace"))
+    stderr = property(lambda self: Path(self.err).read_text(errors="replace"))
 
-    @property
-    def stderr(self):
-        return Path(self.err).read_text(errors="replace")
+    def __str__(self):
+        return f"{self.status}: {self.stdout} {self.stderr}"
 
     @property
     def result(self):
         """What at_exit() wrote."""
         path = Path(self.out + ".json")
-        assert path.exists(), f"{self.status}: {self.stdout} {self.stderr}"
+        assert path.exists(), str(self)
         return json.loads(path.read_text())
 
     def poll(self):
@@ -363,10 +335,7 @@ class Run:
         return self.status
 
     def wait_for(self, what):
-        deadline = time.monotonic() + HANG_TIMEOUT_S
-        while not what():
-            assert time.monotonic() < deadline, f"hangs: {self.stdout} {self.stderr}"
-            sleep(0.005)
+        wait_until(what, lambda: f"hangs: {self}")
         return self
 
     def end(self):
@@ -375,7 +344,7 @@ class Run:
     def arrived(self):
         """Wait until the run reaches wait()."""
         self.wait_for(lambda: os.path.exists(self.out + ".arrived") or self.poll() is not None)
-        assert self.status is None, f"{self.status}: {self.stdout} {self.stderr}"
+        assert self.status is None, str(self)
         return self
 
     def release(self):
@@ -389,21 +358,19 @@ class Run:
         return self
 
     def good(self):
-        assert self.status == 0, f"{self.status}: {self.stdout} {self.stderr}"
+        assert self.status == 0, str(self)
         return self
 
     def killed(self):
-        assert self.status == -KILL, f"{self.status}: {self.stdout} {self.stderr}"
+        assert self.status == -KILL, str(self)
         return self
 
     def refused(self, *words, status=2):
         """Assert one error line (a table may follow) with all the words, no traceback, and the status."""
         error = self.stderr
-        assert self.status == status, f"{self.status}: {self.stdout} {error}"
-        assert "Traceback" not in error, error
+        assert self.status == status and "Traceback" not in error, str(self)
         first, *rest = [x for x in error.splitlines() if not x.startswith("warning: ")]
-        assert re.match(r"\w+\.py: error: ", first), error
-        assert all(" | " in line for line in rest), error
+        assert re.match(r"\w+\.py: error: ", first) and all(" | " in line for line in rest), error
         for word in words:
             assert str(word) in error, f"{word} is not in {error}"
         return self
@@ -424,14 +391,8 @@ class Ranks(list):
             run.kill(signal.SIGTERM).end()
         return self
 
-    @property
-    def errors(self):
-        """The lines of stderr of each process."""
-        return [run.stderr.splitlines() for run in self]
-
-    @property
-    def statuses(self):
-        return [run.status for run in self]
+    errors = property(lambda self: [run.stderr.splitlines() for run in self])  # lines of each process
+    statuses = property(lambda self: [run.status for run in self])
 
     def good(self):
         """Assert that all succeeded and only rank 0 printed."""
@@ -450,8 +411,8 @@ class Torchrun(Run):
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if (path / "stat").read_text().rsplit(")", 1)[1].split()[1] == str(self.pid):
-                    env = dict(x.partition("=")[::2] for x in
-                               (path / "environ").read_text(errors="replace").split("\0"))
+                    pairs = (path / "environ").read_text(errors="replace").split("\0")
+                    env = dict(x.partition("=")[::2] for x in pairs)
                     if "LOCAL_RANK" in env:
                         found[int(env["RANK"])] = int(path.name)
         return found
@@ -467,12 +428,10 @@ def fresh_run(*flags, cwd, patch="", out=None):
     return [__file__, json.dumps(order)]
 
 
-# Below the ephemeral ports, and a range of its own for each pytest worker: nothing else takes a port
-# between its choice and its use.
-WORKER = int("0" + os.environ.get("PYTEST_XDIST_WORKER", "")[2:])
-PORTS = itertools.cycle(range(20000 + 1000 * (WORKER % 10), 21000 + 1000 * (WORKER % 10)))
-for _ in range(os.getpid() % 1000):
-    next(PORTS)
+# Below the ephemeral ports, and a range of its own for each pytest worker: nothing else takes a port between
+# its choice and its use.
+FIRST_PORT = 20000 + 1000 * (int("0" + os.environ.get("PYTEST_XDIST_WORKER", "")[2:]) % 10)
+PORTS = itertools.islice(itertools.cycle(range(FIRST_PORT, FIRST_PORT + 1000)), os.getpid() % 1000, None)
 
 
 def free_port():
@@ -481,28 +440,22 @@ def free_port():
             return port
 
 
-def left_behind(word):
-    """Command lines of live processes that contain `word`."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if word in line and path.parent.name != str(os.getpid()):
-                found.append(line)
-    return found
-
-
 def assert_gone(word):
     """Wait until no process whose command line contains `word` is left."""
-    deadline = time.monotonic() + HANG_TIMEOUT_S
-    while left_behind(word):
-        assert time.monotonic() < deadline, left_behind(word)
-        sleep(0.02)
+
+    def left():
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if word in line and path.parent.name != str(os.getpid()):
+                    yield line
+
+    wait_until(lambda: not any(left()), lambda: list(left()))
 
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-    if sys.argv[1:] in ([], ["warm"]):
-        serve(sys.argv[1:])
+    if sys.argv[1] == "serve":
+        serve(sys.argv[2:])
     else:  # see fresh_run()
         do(json.loads(sys.argv[1]))

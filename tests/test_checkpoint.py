@@ -1,6 +1,5 @@
 """Checkpoints are plain data, verified on load, and readable whichever version wrote them."""
 
-import dataclasses
 import json
 import os
 import pickle
@@ -9,6 +8,7 @@ import re
 import shutil
 import sys
 import zipfile
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,9 @@ import torch
 from conftest import assert_same_end, copy_until_8, equal, read_log, weights
 from processes import LINUX
 
-import train_gpt2
-from train_gpt2 import UserError, find_latest_checkpoint, load_checkpoint, one_line
+from train_gpt2 import UserError, find_latest_checkpoint, load_checkpoint
 
 RECORDED = Path(__file__).resolve().parent / "data"
-
-# -----------------------------------------------------------------------------
-# Content
 
 
 def test_checkpoint_is_plain_data(uninterrupted):
@@ -30,42 +26,19 @@ def test_checkpoint_is_plain_data(uninterrupted):
     ckpt = weights(uninterrupted)
     assert all(type(v) is torch.Tensor for v in ckpt["model"].values())
     assert ckpt["optimizer"]["adamw"]["state"] and ckpt["scaler"] == {} and ckpt["rng"].dtype == torch.uint8
-    config, flags, data, tokenizer, arch, step, val_loss, finished = json.loads(json.dumps(
-        [ckpt[k] for k in "config flags data tokenizer arch step val_loss finished".split()]))
-    assert {"transformer.wte.weight", "transformer.h.0.attn.c_attn.weight"} <= ckpt["model"].keys()
-    assert (config["n_layer"], config["vocab_size"], flags["max_lr"]) == (2, 512, 3e-3)
-    assert (tokenizer, arch, step, finished) == ("gpt2", "gpt2", 12, True)
-    assert f"{val_loss:.4f}" == read_log(uninterrupted)[12, "val"]
-    assert data.startswith("3 shards, 1,533 tokens, ")
-
-
-def test_permanent_checkpoints_are_links(uninterrupted):
-    assert os.path.samefile(uninterrupted / "last.pt", uninterrupted / "model_00012.pt")
-    assert os.stat(uninterrupted / "last.pt").st_nlink == 2
-    assert weights(uninterrupted, "model_00008.pt")["step"] == 8
-
-
-def test_from_pretrained_loads_a_checkpoint_by_path(uninterrupted, tmp_path):
-    load, ckpt = train_gpt2.GPT.from_pretrained, weights(uninterrupted)
-    assert equal(dict(load(str(uninterrupted / "last.pt")).state_dict()), ckpt["model"])
-    torch.save(ckpt | {"arch": "modern"}, tmp_path / "modern.pt")
-    with pytest.raises(UserError, match=r"modern\.pt .*use .*modern\.py"):
-        load(str(tmp_path / "modern.pt"))
-    del ckpt["arch"]  # earlier checkpoints do not have it
-    torch.save(ckpt, tmp_path / "old.pt")
-    load(str(tmp_path / "old.pt"))
-
-
-# -----------------------------------------------------------------------------
-# Other writers
+    tensors = {"model", "optimizer", "rng"}
+    plain = json.loads(json.dumps({k: v for k, v in ckpt.items() if k not in tensors}))
+    assert (plain["config"]["n_layer"], plain["flags"]["max_lr"]) == (2, 3e-3)
+    assert [plain[k] for k in ("tokenizer", "arch", "step", "finished")] == ["gpt2", "gpt2", 12, True]
+    assert f"{plain['val_loss']:.4f}" == read_log(uninterrupted)[12, "val"]
+    assert plain["data"].startswith("3 shards, 1,533 tokens, ")
 
 
 @pytest.mark.parametrize("run_of, data", [("shards", "shards"), ("text", "text.txt"), ("7f9751b", "shards")])
 def test_a_run_of_an_earlier_version_goes_on(forks, tmp_path, run_of, data):
     """tests/data has checkpoints of step 10 with the log and the weights of the same runs at step 20.
 
-    Commits 91c70fe (shards, text) and 7f9751b wrote them. Numbers are compared to 1e-6, because
-    another CPU or torch version rounds differently.
+    Commits 91c70fe (shards, text) and 7f9751b wrote them. Another CPU or torch version rounds differently.
     """
     source, log = RECORDED / f"run_of_{run_of}", tmp_path / "log"
     args = ["--resume", f"--data={RECORDED / data}"]
@@ -88,88 +61,59 @@ def test_a_run_of_an_earlier_version_goes_on(forks, tmp_path, run_of, data):
     assert "is finished" in forks.run(*args, cwd=tmp_path, TIKTOKEN_CACHE_DIR="").good().stdout
 
 
-@dataclasses.dataclass
-class GPTConfig:
-    """What build-nanogpt pickles."""
-
-    block_size: int = 32
-    vocab_size: int = 512
-    n_layer: int = 2
-    n_head: int = 2
-    n_embd: int = 32
-
-
 def test_build_nanogpt_checkpoint(forks, uninterrupted, data, tmp_path, monkeypatch):
     """Its pickled config and the prefixes of compiled and DDP modules are read."""
-    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", GPTConfig, raising=False)
-    monkeypatch.setattr(GPTConfig, "__module__", "__main__")
+    config_class = make_dataclass("GPTConfig", ["block_size", "vocab_size", "n_layer", "n_head", "n_embd"])
+    config_class.__module__ = "__main__"  # torch.save pickles the name of the class
+    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", config_class, raising=False)
     state = {f"module._orig_mod.{k}": v for k, v in weights(uninterrupted)["model"].items()}
-    torch.save(dict(model=state, config=GPTConfig(), step=12, val_loss=6.0), tmp_path / "old.pt")
+    torch.save(dict(model=state, config=config_class(32, 512, 2, 2, 32), step=12), tmp_path / "old.pt")
     run = forks.run("--device=cpu", "--init=old.pt", f"--data={data}", "--eval_only", "--T=16",
                     "--val_tokens=512", "--num_samples=0", cwd=tmp_path).good()
     assert f"validation loss: {read_log(uninterrupted)[12, 'val']}" in run.stdout
 
 
-# -----------------------------------------------------------------------------
-# Invalid files
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
+class Bomb(str):
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return os.mkdir, (str(self),)
 
 
-def invalid_files(folder, valid):
-    """{name: path} of files that are not checkpoints of this project."""
-    ckpt = torch.load(valid, weights_only=True)
-    bomb = Bomb(str(folder / "bombed"))
+@pytest.mark.filterwarnings("error")
+def test_invalid_checkpoints(forks, uninterrupted, flags, tmp_path):
+    """One line that names the file and status 2, for --init and --resume; no pickle is executed."""
+    ckpt, bomb = weights(uninterrupted), Bomb(str(tmp_path / "bombed"))
     contents = {
-        "truncated": Path(valid).read_bytes()[:-1000],
-        "empty": b"",
-        "random": random.Random(0).randbytes(5000),
-        "pickle": pickle.dumps(bomb),
+        "truncated": (uninterrupted / "last.pt").read_bytes()[:-1000], "empty": b"",
+        "random": random.Random(0).randbytes(5000), "pickle": pickle.dumps(bomb),
         "tensor": torch.ones(3), "list": [1, 2, 3], "state": {"w": torch.ones(3)},
         # nanoGPT: its config is that of the run, the model's is in model_args
         "nanogpt": dict(model=ckpt["model"], optimizer={}, model_args=dict(n_layer=2), iter_num=5,
                         config=dict(out_dir="out", n_layer=2)),
         "no config": dict(model=ckpt["model"], config={}, step=1),
         "bad model": dict(ckpt, model=[1, 2]), "bad config": dict(ckpt, config=[1, 2]),
-        "missing weight": dict(ckpt, step=8, model={"w": torch.ones(3)}),
-        "bomb": dict(ckpt, val_loss=bomb),
+        "missing weight": dict(ckpt, step=8, model={"w": torch.ones(3)}), "bomb": dict(ckpt, val_loss=bomb),
     }
-    paths = {name: folder / f"{name}.pt" for name in contents}
     for name, content in contents.items():
-        is_bytes = isinstance(content, bytes)
-        paths[name].write_bytes(content) if is_bytes else torch.save(content, paths[name])
-    return paths | {"directory": folder, "missing": folder / "missing.pt"}
-
-
-@pytest.mark.filterwarnings("error")
-def test_invalid_checkpoints(forks, uninterrupted, flags, tmp_path):
-    """One line that names the file and status 2, for --init and --resume; no pickle is executed."""
-    paths = invalid_files(tmp_path, uninterrupted / "last.pt")
-    for name in paths.keys() - {"nanogpt", "no config", "missing weight"}:
-        with pytest.raises(UserError) as error:
-            load_checkpoint(str(paths[name]))
-        assert str(paths[name]) in str(error.value) and "\n" not in str(error.value)
-    for name in ("nanogpt", "no config", "missing weight", "bomb", "truncated"):
-        forks.run(flags[-1], "--device=cpu", f"--init={paths[name]}", "--eval_only", "--num_samples=0",
-                  cwd=tmp_path).refused(paths[name])
-        log = tmp_path / f"log of {name}"
-        log.mkdir()
-        shutil.copy(paths[name], log / "last.pt")
-        forks.run(*flags, "--resume", f"--log_dir={log}", cwd=tmp_path).refused(log)
-        assert (log / "last.pt").read_bytes() == paths[name].read_bytes()
-        assert {*os.listdir(log)} <= {"last.pt", ".lock"}
+        path, log = tmp_path / f"{name}.pt", tmp_path / f"log of {name}"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        if name not in ("nanogpt", "no config", "missing weight"):
+            with pytest.raises(UserError) as error:
+                load_checkpoint(str(path))
+            assert str(path) in str(error.value) and "\n" not in str(error.value)
+        if name in ("nanogpt", "no config", "missing weight", "bomb", "truncated"):
+            forks.run(flags[-1], "--device=cpu", f"--init={path}", "--eval_only", "--num_samples=0",
+                      cwd=tmp_path).refused(path)
+            log.mkdir()
+            shutil.copy(path, log / "last.pt")
+            forks.run(*flags, "--resume", f"--log_dir={log}", cwd=tmp_path).refused(log)
+            assert (log / "last.pt").read_bytes() == path.read_bytes()
+            assert {*os.listdir(log)} <= {"last.pt", ".lock"}
     assert not (tmp_path / "bombed").exists(), "a pickle was executed"
 
 
 def test_flipped_bits(tmp_path, rng):
     """A flipped bit is detected, or changes nothing of what is loaded; never a traceback."""
-    path, strange = tmp_path / "small.pt", []
+    path = tmp_path / "small.pt"
     ckpt = dict(model={"w": torch.arange(300.0)}, config=dict(n_layer=1), step=3, flags={}, optimizer={})
     torch.save(ckpt, path)
     whole = path.read_bytes()
@@ -178,16 +122,14 @@ def test_flipped_bits(tmp_path, rng):
     first = whole.index(ckpt["model"]["w"].numpy().tobytes())
     for offset in {*range(entry, entry + 60), *rng.sample(range(len(whole)), 300)}:
         for bit in range(8) if entry <= offset < entry + 60 else [rng.randrange(8)]:
+            print(f"TEST_OFFSET={offset} TEST_BIT={bit}")
             path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1 << bit]) + whole[offset + 1:])
             try:
                 loaded = load_checkpoint(str(path))
-                assert not first <= offset < first + 1200, f"offset {offset} bit {bit} was not detected"
-                assert equal(loaded, ckpt), f"offset {offset} bit {bit} changed what was loaded"
             except UserError as e:
                 assert str(path) in str(e) and "\n" not in str(e)
-            except Exception as e:
-                strange.append(f"offset {offset} of {len(whole)} bit {bit}: {one_line(e)}")
-    assert not strange, f"{len(strange)}: " + "\n".join(strange[:5])
+            else:
+                assert not first <= offset < first + 1200 and equal(loaded, ckpt)
 
 
 def test_damaged_newest_checkpoint(forks, uninterrupted, flags, tmp_path):
@@ -199,8 +141,7 @@ def test_damaged_newest_checkpoint(forks, uninterrupted, flags, tmp_path):
     half = len(content) // 2
     (log / "model_00012.pt").write_bytes(content[:half] + bytes([content[half] ^ 4]) + content[half + 1:])
     run = forks.run(*flags, "--resume", cwd=tmp_path).good()
-    first, second = run.stderr.splitlines()
-    assert "last.pt" in first and "model_00012.pt" in second
+    assert re.fullmatch(r".*last\.pt.*\n.*model_00012\.pt.*\n", run.stderr)
     assert re.search(r"resuming from .*model_00008.pt, step 8", run.stdout)
     assert_same_end(log, uninterrupted)
 
@@ -214,10 +155,6 @@ def test_newest_is_the_largest_step(tmp_path):
     for step, newest in ((99000, "model_100000.pt"), (100000, "last.pt"), (100001, "last.pt")):
         torch.save(ckpt | {"step": step}, tmp_path / "last.pt")
         assert find_latest_checkpoint(str(tmp_path))["path"] == str(tmp_path / newest)
-
-
-# -----------------------------------------------------------------------------
-# Storage and log_dir
 
 
 def test_resumed_state_does_not_alias_the_file(forks, uninterrupted, flags, tmp_path):

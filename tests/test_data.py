@@ -3,37 +3,21 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, write_shards
 
 import train_gpt2
 from train_gpt2 import DataError, DataLoaderLite, Shard, Tokenizer, TokenStream, UserError
-
-EOT = 50256
 
 
 def counting_stream(*sizes):
     """A stream of shards whose token at position i is i."""
     parts = np.split(np.arange(sum(sizes), dtype=np.uint16), np.cumsum(sizes)[:-1])
     return TokenStream([Shard(f"train_{i}", len(part), array=part) for i, part in enumerate(parts)])
-
-
-def read_step(tokens, step, B, W, T, R, **settings):
-    """The inputs of a step (R, T), collected from W ranks with micro-batches of B."""
-    inputs = np.full((R, T), -1)
-    for k in range(W):
-        loader = DataLoaderLite(B, T, k, W, tokens, R, **settings)
-        loader.reset(step)
-        for m in range(R // (B * W)):
-            x, y = loader.next_batch()
-            assert torch.equal(y[:, :-1], x[:, 1:])
-            first = (m * W + k) * B
-            assert (inputs[first:first + B] == -1).all()
-            inputs[first:first + B] = x
-    return inputs
 
 
 @pytest.mark.parametrize("sizes, T, B, W, R", [
@@ -63,20 +47,22 @@ def test_sequential_order_equals_its_definition(sizes, T, B, W, R):
 
 @pytest.mark.parametrize("shuffle", ["none", "windows"])
 def test_any_world_size_and_micro_batch_reads_the_same_sequences(shuffle):
-    """For three epochs, each window once per epoch; a new loader continues at any step."""
+    """For three epochs, each window once per epoch; a loader can be reset to any step at any time."""
     T, R, n = 5, 48, 109
     tokens = counting_stream(200, 129, n * T + 2 - 329)
-    settings = dict(T=T, R=R, shuffle=shuffle, seed=7)
     loader = DataLoaderLite(R, T, 0, 1, tokens, R, shuffle, 7)
-    one = [loader.next_batch()[0].numpy() for _ in range(3 * n // R + 1)]
-    windows = np.concatenate(one)[:, 0] // T
+    one = torch.stack([loader.next_batch()[0] for _ in range(3 * n // R + 1)])
+    windows = (one[:, :, 0] // T).flatten().tolist()
     for epoch in range(3):
         assert sorted(windows[epoch * n:(epoch + 1) * n]) == list(range(n))
-    for W in (1, 2, 3, 4, 8):
-        for B in {1, 2, R // W} if W != 3 else {1, 4, 16}:
-            for step in (4, 0, 2, 5, 3, 1):
-                inputs = read_step(tokens, step, B, W, **settings)
-                assert np.array_equal(inputs, one[step]), (W, B, step)
+    for W, B in [(k, b) for k in (1, 2, 3, 4, 8) for b in (1, 2, R // k)]:
+        loaders = [DataLoaderLite(B, T, k, W, tokens, R, shuffle, 7) for k in range(W)]
+        for step in (4, 0, 2, 5, 3, 1):
+            for loader in loaders:
+                loader.reset(step)
+            inputs = [loader.next_batch()[0] for _ in range(R // (B * W)) for loader in loaders]
+            assert torch.equal(torch.cat(inputs), one[step]), (W, B, step)
+            loaders[0].next_batch()  # the next reset comes in mid-step
 
 
 def epoch_orders(n, seed, epochs):
@@ -97,32 +83,6 @@ def test_permutations_differ_by_epoch_and_by_seed():
     assert len(set(map(tuple, orders))) == 9
     for order in first + other:  # not rotated or reversed either: neighbors are rarely kept
         assert np.mean(np.abs(np.diff(order)) == 1) < 0.05
-
-
-@pytest.mark.parametrize("shuffle", ["none", "windows"])
-def test_reset_in_mid_step_and_backwards(shuffle):
-    loader = DataLoaderLite(2, 8, 1, 2, counting_stream(1234), 16, shuffle, 3)
-    straight = [loader.next_batch()[0] for _ in range(60)]  # 15 steps of 4 micro-steps
-    for step in (7, 3, 14, 0):
-        loader.reset(step)
-        for x in straight[4 * step:4 * step + 3]:  # stops before the end of the step
-            assert torch.equal(loader.next_batch()[0], x)
-    loader.reset()
-    assert torch.equal(loader.next_batch()[0], straight[0])
-
-
-def test_first_shard_as_build_nanogpt_reads_it():
-    """Rank k starts at token k*B*T and advances by W*B*T. build-nanogpt drops the tail of a shard."""
-    B, T, W, micro_steps = 3, 8, 4, 2
-    tokens = counting_stream(2000, 500)
-    for k in range(W):
-        loader = DataLoaderLite(B, T, k, W, tokens, B * W * micro_steps)
-        start = k * B * T
-        for _ in range(2000 // (B * T * W)):
-            buf = torch.arange(start, start + B * T + 1)
-            x, y = loader.next_batch()
-            assert torch.equal(x, buf[:-1].view(B, T)) and torch.equal(y, buf[1:].view(B, T))
-            start += B * T * W
 
 
 def test_token_outside_the_vocabulary_names_shard_and_offset():
@@ -158,11 +118,7 @@ base, base_peak, start = mb(), peak(), time.process_time()
 loader = DataLoaderLite(8, 1024, 0, 1, TokenStream([shard] * 100), 512, "windows")
 loader.next_batch()
 print("start", time.process_time() - start)
-print("one_epoch", max(mb() - base, peak() - base_peak))
-loader.reset(loader.n_windows // 512)  # the step between two epochs
-for _ in range(64):
-    loader.next_batch()
-print("two_epochs", peak() - max(base, base_peak))
+print("memory", max(mb() - base, peak() - base_peak))
 """
 
 
@@ -179,58 +135,32 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     found = {key: float(value) for key, value in (line.split() for line in done.stdout.splitlines())}
     print(found)
     assert found["none"] < 50 and found["windows"] < 50
-    assert found["start"] < 3 and found["one_epoch"] < 100
-    assert found["two_epochs"] < 200  # this step needs both permutations
-
-
-# -----------------------------------------------------------------------------
-# --inspect
-
-
-class SmallVocabulary:
-    """In place of tiktoken's gpt2: no vocabulary file is needed."""
-
-    def encode_ordinary(self, text):
-        return [byte + 1000 for byte in text.encode()]
-
-    def decode_bytes(self, ids):
-        return b"".join(b"<|endoftext|>" if i == EOT else bytes([i - 1000]) for i in ids)
-
-
-def play_shards(folder):
-    """1,300 tokens of the play as three train shards, cut into documents of a few lines."""
-    folder.mkdir()
-    play = (ROOT / "input.txt").read_text(encoding="utf-8").split("\n\n")
-    ids = np.concatenate([np.append(EOT, SmallVocabulary().encode_ordinary(t)) for t in play[:1300]])
-    ids = ids[:1300].astype(np.uint16)
-    for i, part in enumerate((ids[:200], *np.array_split(ids, 3))):
-        np.save(folder / f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy", part)
-    return {path.name: np.load(path) for path in folder.glob("*train*")}
+    assert found["start"] < 3 and found["memory"] < 100
 
 
 @pytest.mark.parametrize("shuffle", ["none", "windows"])
 @pytest.mark.parametrize("kind", ["shards", "text"])
 def test_inspect_shows_the_input_of_the_model(tmp_path, monkeypatch, capsys, shuffle, kind):
-    """Text, shard and offset of each sequence in the first epoch, at its end, and in the second.
+    """Text, shard and offset of each sequence, compared with the batches of a training run.
 
-    Compared with the batches that reach the model in a training run.
+    In the first epoch, at its end, and in the second.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # drawing takes seconds
+    monkeypatch.setattr(train_gpt2, "get_tokenizer", lambda name="gpt2": Tokenizer())
     if kind == "shards":
-        tokenizer, data, vocab_size = Tokenizer(SmallVocabulary()), tmp_path / "data", 50304
-        streams = play_shards(data)
+        data = Path(write_shards(tmp_path / "data", sizes=(433, 434, 433), high=94))  # ASCII
+        streams = {path.name: np.load(path) for path in data.glob("*train*")}
     else:
-        tokenizer, data, vocab_size = Tokenizer(), tmp_path / "play.txt", 256
+        data = tmp_path / "play.txt"
         data.write_bytes((ROOT / "input.txt").read_bytes()[:2900])
-        ids = tokenizer.encode(data.read_text(encoding="utf-8"))
+        ids = Tokenizer().encode(data.read_text(encoding="utf-8"))
         streams = {data.name: ids[:int(0.9 * len(ids))]}
-    monkeypatch.setattr(train_gpt2, "get_tokenizer", lambda name="gpt2": tokenizer)
     n = (sum(map(len, streams.values())) - 1) // 16
     steps = 2 * n // 16
     flags = [*TINY, f"--data={data}", f"--shuffle={shuffle}", f"--max_steps={steps}", "--eval_every=0",
              "--save_every=0", "--checkpoint_every=0", "--n_layer=1", "--n_embd=8", "--warmup_steps=1",
-             f"--vocab_size={vocab_size}"]
+             "--vocab_size=256"]
     batches, forward = [], train_gpt2.GPT.forward
 
     def record(self, idx, targets=None):
@@ -254,7 +184,7 @@ def test_inspect_shows_the_input_of_the_model(tmp_path, monkeypatch, capsys, shu
             epoch, window = divmod(step * 16 + i, n)
             assert list(map(int, numbers[:3])) == [step, i, epoch]
             assert int(numbers[3]) == window or shuffle == "windows"
-            assert text == tokenizer.decode(ids) + "\n"
+            assert text == Tokenizer().decode(ids) + "\n"
             start = streams[name][int(offset):int(offset) + 16]  # a window may straddle shards
             assert 0 < len(start) and np.array_equal(start, ids[:len(start)])
     assert set(tmp_path.iterdir()) == before

@@ -1,7 +1,6 @@
 """A user's mistake is one line with the value and the fix, exit status 2, before anything is written."""
 
 import contextlib
-import io
 import os
 import shutil
 import subprocess
@@ -36,25 +35,19 @@ def mistake(tmp_path, monkeypatch, capsys):
     return run
 
 
-# -----------------------------------------------------------------------------
-# Flags, machine and ranks
-
 MISTAKES = [
     (["--batch_size=4"], "unrecognized arguments: --batch_size"), (["--eval-only"], "mean --eval_only?"),
-    (["--max=3"], "unrecognized"), (["--max_step=3"], "did you mean --max_steps?"),  # no abbreviations
-    (["--lr=3"], "unrecognized arguments: --lr=3 (see"), ([""], "unrecognized"),  # an unset "$FLAGS"
-    (["--optimizer=muon"], "unrecognized"), (["--shuffle=x"], "invalid choice"), (["--T=x"], "invalid int"),
+    (["--max=3"], "unrecognized"), ([""], "unrecognized"),  # an abbreviation, an unset "$FLAGS"
     (["--T=0"], "--T: must be at least 1"), (["--T=64"], "--T 64 is greater than --block_size 32"),
     (["--n_embd=33"], "33 is not divisible by --n_head 2"), (["--pos=rope", "--n_embd=2"], "even head size"),
-    (["--min_lr=1"], "--min_lr 1 is greater than --max_lr"), (["--device=tpu"], "--device tpu: choose"),
-    (["--device=cpu:1"], "--device cpu:1: choose"), (["--total_batch_size=24"], "--total_batch_size 32"),
+    (["--min_lr=1"], "--min_lr 1 is greater than --max_lr"), (["--device=cpu:1"], "--device cpu:1: choose"),
+    (["--total_batch_size=24"], "--total_batch_size 32"), (["--init=s"], "s is a directory"),
     (["--total_batch_size=250"], "--total_batch_size 224 or 256"), (["--init=no.pt"], "no such checkpoint"),
     (["--eval_only"], "--eval_only needs weights"), (["--export_hf=x"], "--export_hf needs weights"),
-    (["--n_embd=100000000000"], "smaller"), (["--vocab_size=1000000000000"], "smaller"),
+    (["--n_embd=100000000000"], "smaller"), (["--shuffle=x"], "invalid choice"),
     *(([f"--{name}={value}"], f"--{name}: must be ") for name, value in [
-        ("max_lr", "nan"), ("max_lr", "inf"), ("max_lr", "-1"), ("max_lr", "0"), ("grad_clip", "nan"),
-        ("min_lr", "-inf"), ("max_steps", "0"), ("temperature", "-1"), ("weight_decay", "-0.1"),
-        ("seed", "-1"), ("seed", 2**64), ("max_steps", "9" * 401), ("inspect", 2**63)]),
+        ("max_lr", "nan"), ("max_lr", "0"), ("grad_clip", "nan"), ("min_lr", "-inf"), ("temperature", "-1"),
+        ("max_steps", "9" * 401), ("seed", "-1"), ("seed", 2**64), ("inspect", 2**63)]),
     *(([f"--{name}="], f"--{name}: must not be empty")  # an unset "$DIR"
       for name in ("data", "log_dir", "init", "prompt", "device", "export_hf")),
     *[(["--device=cuda"], "--device cuda: 0 CUDA devices")] * (not torch.cuda.is_available()),
@@ -77,39 +70,19 @@ def test_old_torch_and_missing_packages(mistake, monkeypatch):
     assert "torch 2.8.1" in (err := mistake()) and "pip install 'torch>=2.9'" in err
 
 
-def test_init_with_a_directory_or_another_file(mistake, tmp_path):
-    (tmp_path / "run").mkdir()
-    assert "run is a directory" in mistake("--init=run", "--eval_only")
-    (tmp_path / "run" / "last.pt").write_bytes(b"no checkpoint")
-    assert f"--init {os.path.join('run', 'last.pt')}" in mistake("--init=run", "--eval_only")
-    assert "not a valid checkpoint" in mistake("--init=run/last.pt", "--eval_only")
-
-
-def test_prompt_is_not_changed(monkeypatch):
-    parser, argv = train_gpt2.build_parser(train_gpt2.GPT), ["--prompt", "-- a-b c"]
-    assert train_gpt2.parse_cli(parser, argv)[0] == {"prompt": "-- a-b c"}
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the sea \xff\n"), encoding="utf-8"))
-    args = SimpleNamespace(prompt="-", num_samples=1, block_size=32, sample_length=32, vocab_size=256)
-    tokenizer = train_gpt2.Tokenizer()
-    assert tokenizer.decode(train_gpt2.encode_prompt(args, tokenizer)) == "the sea \ufffd\n"
-
-
-@pytest.mark.parametrize("env, word", [  # otherwise rank 1 of 1 would train and save nothing
-    (dict(WORLD_SIZE="2"), "cannot start 2 ranks"), (dict(RANK="1"), "RANK is 1 but WORLD_SIZE is 1"),
-])  # fmt: skip
+@pytest.mark.parametrize("env, word", [({"WORLD_SIZE": "2"}, "start 2 ranks"), ({"RANK": "1"}, "RANK is 1")])
 def test_incomplete_environment_of_torchrun(forks, tmp_path, env, word):
+    """Otherwise rank 1 of 1 would train and save nothing."""
     no_wait = "time.sleep = lambda seconds: None"
     forks.run(*TINY, cwd=tmp_path, patch=no_wait, **env).refused(word, "start with torchrun")
 
 
 def test_world_sizes_that_divide_the_batch():
-    """A smoke run works on 1, 2 and 4 CPU ranks; other numbers name those, or the nearest batch sizes."""
+    """A smoke run works on 1, 2 and 4 CPU ranks; the error for others names the nearest batch sizes."""
     smoke = SimpleNamespace(**train_gpt2.SMOKE, B=0)
     for n in (1, 2, 4):
         assert choose_preset({}, Dist(0, 0, n, torch.device("cpu")))[0] == "smoke"
         assert sequences_per_rank(smoke, n) == 4 // n
-    with pytest.raises(UserError, match="1, 2,? (or )?4"):
-        sequences_per_rank(smoke, 3)
     with pytest.raises(UserError, match="--total_batch_size 491520 or 540672"):
         sequences_per_rank(SimpleNamespace(T=1024, total_batch_size=524288, B=0), 3)
 
@@ -126,26 +99,13 @@ def test_settings_that_apple_gpus_compute_incorrectly(monkeypatch, B, T, dtype, 
     check_mps(args, B, torch.device("cuda"))
 
 
-def test_under_torchrun_only_a_lost_peer_is_silent(monkeypatch, capsys):
-    """torchrun reports the rank that failed; it does not report an error about the network."""
+def test_under_torchrun_an_error_about_the_network_is_printed(monkeypatch, capsys):
+    """Only a lost peer is silent there."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr("signal.signal", lambda *args: None)
-    train_gpt2.report_error("train_gpt2.py", RuntimeError("[gloo] Connection closed by peer"))
-    assert capsys.readouterr().err == ""
     train_gpt2.report_error("train_gpt2.py", UserError("the hub: Connection reset by peer"))
     assert capsys.readouterr().err == "train_gpt2.py: error: the hub: Connection reset by peer\n"
-
-
-# -----------------------------------------------------------------------------
-# --data
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.JSON", "a.parquet", "a.npz", "a.txt.gz"])
-def test_data_formats_that_are_not_plain_text(mistake, tmp_path, name):
-    (tmp_path / name).write_text('{"text": "the sea"}\n' * 100)
-    err = mistake(*TINY, f"--data={name}")
-    assert "python fineweb.py --files" in err and err.count(name) == 2
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -170,16 +130,18 @@ def test_directories_without_shards(mistake, tmp_path):
     assert "no val shards in" in err and "'val' in its name" in err
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"\xff\xfe\xfa" * 50, ["not UTF-8", "byte 0"]), (b"", ["0 tokens"]), (b"short", ["tokens", "--T"]),
-    (b"x" * 100, ["10 tokens", "--T", "--val_tokens 0"]),  # the last tenth is for validation
+@pytest.mark.parametrize("name, content, words", [
+    *((f"a.{ending}", b"{}\n" * 100, ["python fineweb.py --files ", f"a.{ending} --out DIR"])
+      for ending in ("jsonl", "csv", "JSON", "parquet", "npz", "txt.gz")),
+    ("a.txt", b"\xff\xfe\xfa" * 50, ["not UTF-8", "byte 0"]), ("a.txt", b"", ["0 tokens"]),
+    ("a.txt", b"x" * 100, ["10 tokens", "--T", "--val_tokens 0"]),  # the last tenth is for validation
 ])  # fmt: skip
-def test_texts_that_cannot_be_used(mistake, content, words, tmp_path, monkeypatch):
-    Path("text.txt").write_bytes(content)
+def test_files_that_are_no_usable_text(mistake, name, content, words, tmp_path, monkeypatch):
+    Path(name).write_bytes(content)
     monkeypatch.setattr(train_gpt2, "get_tokenizer", lambda name: train_gpt2.Tokenizer())
-    err = mistake(*TINY, "--vocab_size=256", "--data=text.txt")
-    assert "text.txt" in err and all(word in err for word in words), err
-    assert os.listdir(tmp_path) == ["text.txt"]
+    err = mistake(*TINY, "--vocab_size=256", f"--data={name}")
+    assert name in err and all(word in err for word in words), err
+    assert os.listdir(tmp_path) == [name]
 
 
 @pytest.mark.parametrize("split, number", [("train", 1), ("val", 0)])
@@ -192,21 +154,6 @@ def test_unusable_first_tokens_leave_the_older_run_in_place(mistake, tmp_path, s
     err = mistake(*TINY, "--data=s")
     assert f"{path.name} has token 600 at offset 5" in err and "--vocab_size 512" in err
     assert os.listdir(tmp_path / "log") == ["log.txt"] and sorted(os.listdir(tmp_path)) == ["log", "s"]
-
-
-def test_bad_token_in_mid_run_stops_before_its_update(forks, data, uninterrupted, tmp_path):
-    """The last good state is saved; after a repair the run resumes exactly."""
-    shutil.copytree(data, tmp_path / "s")
-    path = tmp_path / "s" / "edufineweb_train_000002.npy"
-    good, ids = path.read_bytes(), np.load(path)
-    ids[200] = 600  # token 900 of the stream, in step 3
-    np.save(path, ids)
-    flags = [*TINY, f"--data={tmp_path / 's'}"]
-    forks.run(*flags, cwd=tmp_path).refused(path.name, "token 600 at offset 200", "--resume", status=1)
-    assert weights(tmp_path / "log")["step"] == 3
-    path.write_bytes(good)
-    forks.run(*flags, "--resume", cwd=tmp_path).good()
-    assert_same_end(tmp_path / "log", uninterrupted)
 
 
 def test_bundled_text_is_found_after_the_project_was_moved(forks, tmp_path):
@@ -227,14 +174,10 @@ train_gpt2.get_tokenizer = lambda name: train_gpt2.Tokenizer()
 train_gpt2.Tokenizer.encode = lambda self, text: numpy.array([5, 40000])"""
     more = ["--num_samples=2", "--max_steps=2", "--warmup_steps=100"]
     run = forks.run(*flags, *more, cwd=tmp_path, patch=patch).good()
-    first, second = run.stderr.splitlines()
+    first, second = sorted(run.stderr.splitlines())
     assert first.startswith("warning: --warmup_steps 100 is greater than --max_steps 2")
     assert second == "warning: no samples: the prompt has token 40000, outside --vocab_size 512"
     assert "sample 0" not in run.stdout and (tmp_path / "log" / "samples.txt").read_bytes() == b""
-
-
-# -----------------------------------------------------------------------------
-# The directory of a run, and the terminal
 
 
 def test_log_dir_that_cannot_be_written(forks, flags, tmp_path):
@@ -254,8 +197,6 @@ def test_one_live_run_per_log_dir(forks, flags, tmp_path):
         forks.run(*short, *more, cwd=tmp_path).refused("another run is writing to", "--log_dir")
     live.release().end().good()
     logs = [(tmp_path / "log" / "log.txt").read_bytes()]
-    forks.run(*short, f"--init={tmp_path}/nothing.pt", cwd=tmp_path).refused("nothing.pt")
-    assert not (tmp_path / "log.1").exists()  # a run that is refused renames nothing
     for more in (["--seed=1"], ["--seed=2", "--log_dir=log/"], ["--init=log/last.pt"]):
         assert "renamed the older run" in forks.run(*short, *more, cwd=tmp_path).good().stdout
         logs.append((tmp_path / "log" / "log.txt").read_bytes())
@@ -290,15 +231,10 @@ def test_terminal_without_unicode(tmp_path):
     assert (tmp_path / "log" / "samples.txt").read_text(encoding="utf-8").startswith('4 sample 0: "größer')
 
 
-# -----------------------------------------------------------------------------
-# Non-finite losses and gradients
-
 POISON = """
 import train_gpt2
-real = train_gpt2.Trainer.clip_and_all_reduce
-def poisoned(self, loss):
-    if self.step == 5:
-        {}
+def poisoned(self, loss, real=train_gpt2.Trainer.clip_and_all_reduce):
+    if self.step == 5: {}
     return real(self, loss)
 train_gpt2.Trainer.clip_and_all_reduce = poisoned
 """
@@ -310,21 +246,17 @@ train_gpt2.Trainer.clip_and_all_reduce = poisoned
 ], ids=["loss", "gradient"])  # fmt: skip
 def test_non_finite_values_never_reach_the_weights(forks, uninterrupted, flags, tmp_path, poison, word):
     run, log = forks.run(*flags, cwd=tmp_path, patch=POISON.format(poison)), tmp_path / "log"
-    run.refused("step 5", word, "edufineweb_train_000001", "offset", "--inspect 5", status=1)
+    run.refused("step 5", word, "edufineweb_train_000003.npy offset 80", "--inspect 5", status=1)
     assert (5, "train") not in read_log(log) and weights(log)["step"] == 4
     forks.run(*flags, "--resume", cwd=tmp_path).good()
     assert_same_end(log, uninterrupted)
 
 
 def test_float16_overflow_lowers_the_scale_before_it_stops(shards):
-    loader = train_gpt2.DataLoaderLite(2, 16, 0, 1, open_shards(shards)[0])
-
-    def check(scale, loss):
-        trainer = SimpleNamespace(step=7, loader=loader, args=SimpleNamespace(log_dir="log", T=16),
-                                  scaler=torch.amp.GradScaler("cpu", init_scale=scale))
-        train_gpt2.Trainer.check_finite(trainer, loss, float("inf"))
-
-    check(2.0, 5.0)  # the scaler skips this update
-    for scale, loss in ((1.0, 5.0), (2.0, float("nan"))):
-        with pytest.raises(RunError, match="step 7: non-finite"):
-            check(scale, loss)
+    """At scale 1 it cannot be lowered; and a loss that is not finite is no overflow of the gradients."""
+    trainer = SimpleNamespace(step=7, args=SimpleNamespace(log_dir="log", T=16),
+                              loader=train_gpt2.DataLoaderLite(2, 16, 0, 1, open_shards(shards)[0]))
+    for scale, loss, stops in (2.0, 5.0, False), (1.0, 5.0, True), (2.0, float("nan"), True):
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        with pytest.raises(RunError, match="step 7: non-finite") if stops else contextlib.nullcontext():
+            train_gpt2.Trainer.check_finite(trainer, loss, float("inf"))

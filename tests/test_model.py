@@ -1,28 +1,26 @@
-"""The model, its loss, sampling, optimizer groups and schedule, against oracles and formulas."""
+"""The model, its loss, modes, sampling, optimizer groups and schedule, against references and formulas."""
 
-import math
+import argparse
 
+import numpy as np
 import pytest
 import torch
+from conftest import write_shards
 from torch.nn import functional as F
 
 import train_gpt2
-from plumbing import hardware
-from plumbing.checkpoint import export_hf, from_hf, swap_conv1d
-from plumbing.errors import UserError
-from train_gpt2 import GPT, GPTConfig, get_lr
+from train_gpt2 import GPT, DataLoaderLite, GPTConfig, UserError, export_hf, get_lr, hf_to_checkpoint
 
+SIZES = train_gpt2.GPT2_SIZES
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=4, n_embd=32)
-VARIANTS = [
-    {}, dict(pos="rope"), dict(mlp="swiglu"), dict(norm="rmsnorm"),
-    dict(pos="rope", mlp="swiglu", norm="rmsnorm"),
-]  # fmt: skip
+VARIANTS = [{}, dict(pos="rope"), dict(mlp="swiglu"), dict(norm="rmsnorm"),
+            dict(pos="rope", mlp="swiglu", norm="rmsnorm")]
 
 
-def small_gpt(seed=0, **changes):
+def small_gpt(model_class=GPT, **changes):
     """A small GPT with weights large enough that every part shows in the logits."""
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(**SMALL | changes))
+    torch.manual_seed(0)
+    model = model_class(GPTConfig(**SMALL | changes))
     for p in model.parameters():
         p.data.normal_(0, 0.1)
     return model
@@ -30,9 +28,6 @@ def small_gpt(seed=0, **changes):
 
 def tokens(*shape, high=96, seed=1):
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-# --- the faithful model ---
 
 
 def test_initial_weights_are_build_nanogpts():
@@ -48,232 +43,107 @@ def test_initial_weights_are_build_nanogpts():
     for name, values in first.items():
         assert torch.allclose(state[name][0, :4], torch.tensor(values), atol=1e-8), name
     assert len(state) == 149
-    assert sum(p.numel() for p in model.parameters()) == 124_475_904
-    std = state["transformer.h.5.attn.c_proj.weight"].std().item()
-    assert std == pytest.approx(0.02 / math.sqrt(24), rel=0.01)
+    assert state["transformer.h.5.attn.c_proj.weight"].std().item() == pytest.approx(0.02 / 24**0.5, rel=0.01)
     assert model.transformer.wte.weight is model.lm_head.weight
     x = torch.arange(64).view(2, 32)
     with torch.no_grad():
         assert model(x, x + 1)[1].item() == pytest.approx(10.948524, abs=2e-5)
     groups = model.configure_optimizers(0.1, 6e-4, "cpu").param_groups
-    counts = [(len(g["params"]), sum(p.numel() for p in g["params"]), g["weight_decay"])
-              for g in groups]
+    counts = [(len(g["params"]), sum(p.numel() for p in g["params"]), g["weight_decay"]) for g in groups]
     assert counts == [(50, 124_354_560, 0.1), (98, 121_344, 0.0)]
     assert groups[0]["betas"] == (0.9, 0.95) and groups[0]["eps"] == 1e-8
+    # wte is in a matmul as the head, wpe is only looked up
+    assert model.flops_per_token(1024) == 6 * (124_475_904 - 1024 * 768) + 12 * 12 * 768 * 1024
 
 
 @pytest.mark.parametrize("count, changes", [
-    (124_439_808, dict(vocab_size=50257)),
-    (123_689_472, dict(pos="rope")),
-    (123_701_760, dict(pos="rope", mlp="swiglu")),
-    (123_682_560, dict(pos="rope", mlp="swiglu", norm="rmsnorm")),
+    (124_439_808, SIZES["gpt2"]), (354_823_168, SIZES["gpt2-medium"]), (774_030_080, SIZES["gpt2-large"]),
+    (1_557_611_200, SIZES["gpt2-xl"]), (123_653_376, dict(pos="rope")),
+    (123_665_664, dict(pos="rope", mlp="swiglu")), (123_646_464, VARIANTS[-1]),
 ])  # fmt: skip
 def test_parameter_counts(count, changes):
     with torch.device("meta"):
-        model = GPT(GPTConfig(**dict(vocab_size=50304) | changes))
-    assert sum(p.numel() for p in model.parameters()) == count
+        assert sum(p.numel() for p in GPT(GPTConfig(**changes)).parameters()) == count
 
 
-@pytest.mark.parametrize("preset, millions", [
-    ("gpt2", 124), ("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558)])  # fmt: skip
-def test_preset_sizes(preset, millions):
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**train_gpt2.GPT2_SIZES[preset]))
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
-
-
-def test_wrong_length_is_refused():
-    model = small_gpt()
-    with pytest.raises(AssertionError, match="33 tokens"):
-        model(tokens(1, 33))
-    assert model(tokens(2, 7))[0].shape == (2, 7, 96) and model(tokens(2, 7))[1] is None
-
-
-@pytest.mark.parametrize("changes", VARIANTS)
-def test_no_token_sees_the_future(changes):
-    model, idx = small_gpt(**changes), tokens(1, 20)
-    other = idx.clone()
-    other[0, 12:] = (other[0, 12:] + 1) % 96
-    a, b = model(idx)[0], model(other)[0]
-    assert torch.allclose(a[:, :12], b[:, :12], atol=1e-6)
-    assert not torch.allclose(a[:, 12:], b[:, 12:], atol=1e-2)
-
-
-# --- Hugging Face as the oracle ---
-
-
-@pytest.fixture
-def hf():
+def test_hugging_face_weights_of_any_shape_give_its_logits_and_come_back(rng, tmp_path):
     transformers = pytest.importorskip("transformers")
+    n_head, length = rng.randint(1, 5), rng.randint(8, 40)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=rng.randint(50, 150), n_positions=length, n_embd=n_head * rng.randint(3, 12),
+        n_layer=rng.randint(1, 3), n_head=n_head)).eval()
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=4)).eval()
-    for p in model.parameters():
+    for p in theirs.parameters():
         p.data.normal_(0, 0.1)
-    return model
-
-
-def test_weights_from_hugging_face_give_its_logits(hf):
-    idx = tokens(3, 32)
-    with torch.no_grad():
-        assert torch.allclose(GPT.load(from_hf(hf), "hf")(idx)[0], hf(idx).logits, atol=1e-5)
-
-
-def test_export_gives_our_logits_and_comes_back_bit_equal(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model = small_gpt()
+    model, idx = GPT.from_checkpoint(hf_to_checkpoint(theirs), "hf"), tokens(3, length, high=50)
     export_hf(model, str(tmp_path / "hf"))
-    hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
-    idx = tokens(3, 32)
+    exported = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    back = GPT.from_pretrained(str(tmp_path / "hf"))
     with torch.no_grad():
-        assert torch.allclose(model(idx)[0], hf(idx).logits, atol=1e-5)
-    back = GPT.load(from_hf(hf), "hf").state_dict()
-    assert all(torch.equal(v, back[k]) for k, v in model.state_dict().items())
+        assert torch.allclose(model(idx)[0], theirs(idx).logits, atol=1e-5)
+        assert torch.allclose(model(idx)[0], exported(idx).logits, atol=1e-5)
+    assert back.config == model.config and not back.training
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in model.state_dict().items())
 
 
-def test_export_cuts_the_padding_rows_off(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model = small_gpt(vocab_size=50304, n_layer=1)
-    export_hf(model, str(tmp_path))
-    hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
-    assert hf.config.vocab_size == 50257
-    assert torch.equal(hf.lm_head.weight, model.lm_head.weight[:50257])
+def test_export_refuses_other_architectures(tmp_path):
+    pytest.importorskip("transformers")
+    for changes in VARIANTS[1:]:
+        with pytest.raises(UserError, match="needs the GPT-2 architecture"):
+            export_hf(small_gpt(**changes), str(tmp_path))
 
 
-@pytest.mark.parametrize("changes", VARIANTS[1:])
-def test_export_refuses_what_gpt2_is_not(changes, tmp_path):
-    with pytest.raises(UserError, match="only the faithful model"):
-        export_hf(small_gpt(**changes), str(tmp_path))
-
-
-def test_swapping_twice_is_the_identity():
-    state = small_gpt().state_dict()
-    twice = swap_conv1d(swap_conv1d(state))
-    assert all(torch.equal(v, twice[k]) for k, v in state.items())
-
-
-# --- the variations, against formulas in float64 ---
-
-
-def test_rope_depends_on_distance_only():
-    torch.manual_seed(0)
-    model = small_gpt(pos="rope").double()
-    attn = model.transformer.h[0].attn
-    assert "transformer.wpe.weight" not in model.state_dict()
-    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
-
-    def score(m, n):
-        def rope(pos):
-            angles = torch.tensor(float(pos)) * 10000.0 ** (-torch.arange(4) / 4)
-            return angles.cos().double(), angles.sin().double()
-
-        turned = [train_gpt2.rotate(x.double(), *rope(p)) for x, p in ((q, m), (k, n))]
-        return (turned[0] * turned[1]).sum()
-
-    assert score(7, 3) == pytest.approx(score(27, 23).item(), abs=1e-5)
-    assert abs(score(7, 3) - score(7, 4)) > 1e-3
-    assert score(0, 0) == pytest.approx((q * k).sum().item(), abs=1e-6)  # position 0: identity
-    assert attn.n_head == 4
-
-
-def test_rope_layout_against_complex_numbers():
-    """Pair (i, i + 4) of a head of 8 is one complex number, turned by pos * 10000^(-i/4)."""
-    x = torch.randn(1, 1, 5, 8, dtype=torch.float64)
+def test_rope_against_complex_numbers():
+    """Pair (i, i + 4) of a head of 8 is one complex number, rotated by pos * 10000^(-i/4)."""
+    q = torch.randn(1, 5, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     angles = torch.arange(5.0)[:, None] * 10000.0 ** (-torch.arange(4) / 4)
-    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones(5, 4), angles)
-    expected = torch.cat((turned.real, turned.imag), dim=-1)
-    assert torch.allclose(train_gpt2.rotate(x, angles.cos(), angles.sin()), expected, atol=1e-5)
+    cos, sin = small_gpt(pos="rope").rotary_cos_sin(torch.arange(5))
+    assert torch.allclose(torch.stack((cos, sin)).view(2, 5, 4), torch.stack((angles.cos(), angles.sin())))
+    rotated = train_gpt2.apply_rotary_emb(q, cos, sin)
+    expected = torch.complex(*q[:, :, 0].chunk(2, dim=-1)) * torch.polar(torch.ones(5, 4), angles)
+    assert torch.allclose(rotated[:, :, 0], torch.cat((expected.real, expected.imag), dim=-1), atol=1e-5)
+    assert torch.allclose(rotated[:, 0], q[:, 0])  # position 0: the identity
+    assert "transformer.wpe.weight" not in small_gpt(pos="rope").state_dict()
 
 
 def test_swiglu_and_rmsnorm_against_formulas():
     model = small_gpt(mlp="swiglu", norm="rmsnorm").double()
     block, x = model.transformer.h[0], torch.randn(2, 5, 32, dtype=torch.float64)
-    assert block.mlp.c_proj.in_features == 256  # 8/3 * 32 = 85.3, up to a multiple of 256
+    assert block.mlp.c_proj.in_features == 256  # 8/3 * 32 = 85.3, rounded up to a multiple of 256
     y = x @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias
     gate, value = y[..., :256], y[..., 256:]
     expected = (gate / (1 + (-gate).exp()) * value) @ block.mlp.c_proj.weight.T
     assert torch.allclose(block.mlp(x), expected + block.mlp.c_proj.bias, atol=1e-12)
     rms = (x.pow(2).mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-    assert torch.allclose(block.ln_1(x), x / rms * block.ln_1.weight, atol=1e-12)
-    assert not hasattr(block.ln_1, "bias") or block.ln_1.bias is None
+    assert torch.allclose(block.ln_1(x), x / rms * block.ln_1.weight, atol=1e-12)  # without a bias
 
 
-def test_attention_against_explicit_softmax():
-    model = small_gpt().double()
-    attn, x = model.transformer.h[0].attn, torch.randn(2, 6, 32, dtype=torch.float64)
-    q, k, v = (attn.c_attn(x)[..., i * 32:(i + 1) * 32].view(2, 6, 4, 8).transpose(1, 2)
-               for i in range(3))
-    scores = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(
-        torch.ones(6, 6).triu(1).bool(), -math.inf)
-    y = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(2, 6, 32)
-    assert torch.allclose(attn(x), attn.c_proj(y), atol=1e-12)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_head_on_an_apple_gpu_has_no_long_sums(bias):
+    """Forward and backward as on other devices, but the gradient of x sums over part of the vocabulary."""
+    sizes = []
+
+    class OnApple(torch.Tensor):
+        device = torch.device("mps")
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is F.linear:
+                sizes.append(args[1].size(0))
+            return super().__torch_function__(func, types, args, kwargs)
+
+    head, x = torch.nn.Linear(8, 50304, bias=bias).double(), torch.randn(3, 8).double().requires_grad_()
+    logits = train_gpt2.apply_head(head, x.as_subclass(OnApple)).as_subclass(torch.Tensor)
+    assert sum(sizes) == 50304 and max(sizes) < 32767
+    assert torch.allclose(logits, head(x)) and torch.equal(train_gpt2.apply_head(head, x), head(x))
+    wanted, up = (x, *head.parameters()), torch.randn(3, 50304).double()
+    for a, b in zip(*(torch.autograd.grad((y * up).sum(), wanted) for y in (logits, head(x))), strict=True):
+        assert torch.allclose(a, b)
 
 
-# --- the loss ---
-
-
-@pytest.mark.parametrize("cap", [None, 2.0], ids=["plain", "capped-with-bias"])
-@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 1e-6),
-                                         (torch.bfloat16, 1e-2)])
-def test_chunked_loss_equals_plain_cross_entropy(monkeypatch, dtype, atol, cap):
-    monkeypatch.setitem(train_gpt2.CHUNK_ROWS, "cpu", 32)  # 100 = 3 * 32 + 4
-    master = torch.float64 if dtype == torch.float64 else torch.float32
-    torch.manual_seed(0)
-    h = torch.randn(4, 25, 16, dtype=master, requires_grad=True)
-    w = torch.randn(50, 16, dtype=master, requires_grad=True)
-    b = torch.randn(50, dtype=master, requires_grad=True)
-    y = torch.randint(0, 50, (4, 25))
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        chunked = train_gpt2.head_cross_entropy(h, w, y, *([b, cap] if cap else []))
-    assert "ChunkedCrossEntropy" in type(chunked.grad_fn).__name__
-    logits = h @ w.T
-    if cap:
-        logits = cap * (logits + b) / ((logits + b) ** 2 + cap**2).sqrt()
-    plain = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-    assert chunked.item() == pytest.approx(plain.item(), abs=atol)
-    wanted = (h, w, b) if cap else (h, w)
-    ours = torch.autograd.grad(chunked / 3, wanted)
-    theirs = torch.autograd.grad(plain / 3, wanted)
-    for x, z in zip(ours, theirs, strict=True):
-        assert torch.allclose(x, z, atol=atol / 10)
-
-
-def test_a_product_for_an_apple_gpu_has_short_sums():
-    a, b = torch.randn(3, 50304, dtype=torch.float64), torch.randn(50304, 4, dtype=torch.float64)
-    terms = []
-
-    class Seen(torch.Tensor):
-        def __matmul__(self, other):
-            terms.append(self.size(1))
-            return self.as_subclass(torch.Tensor) @ other
-
-    in_parts = hardware.product(a.as_subclass(Seen), b, "mps")
-    assert torch.allclose(in_parts, a @ b) and sum(terms) == 50304 and max(terms) < 32767
-    assert torch.equal(hardware.product(a, b, "cpu"), a @ b)
-
-
-def test_model_takes_the_chunked_way_where_rows_are_many():
-    model, idx, y = small_gpt(), tokens(20, 32), tokens(20, 32, seed=2)  # 640 rows > 256
-    loss = model(idx, y)[1]
-    assert "ChunkedCrossEntropy" in type(loss.grad_fn).__name__
-    expected = F.cross_entropy(model(idx)[0].flatten(0, 1), y.flatten())
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
-    with torch.no_grad():
-        assert model(idx, y)[1].item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-def test_autocast_on_a_gpu_leaves_cross_entropy_to_us():
-    """Why the model says float() before its loss: autocast has a list of functions that it takes in
-    float32, and on CUDA this one is not among them, as it is on a CPU. The day this fails, the
-    float() may go."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert not has_kernel("aten::cross_entropy_loss", "AutocastCUDA")
-    assert has_kernel("aten::cross_entropy_loss", "AutocastCPU")
-
-
-def test_the_loss_is_taken_in_float32(monkeypatch):
-    """Of logits that came in bfloat16, in the path of one chunk and in that of several."""
-    model, seen, real = small_gpt(), [], F.cross_entropy
+def test_the_loss_is_computed_in_float32(monkeypatch):
+    """From bfloat16 logits: autocast does not convert cross_entropy on CUDA as it does on a CPU."""
+    model, idx, y, seen, real = small_gpt(), tokens(7, 32), tokens(7, 32, seed=2), [], F.cross_entropy
 
     def cross_entropy(logits, *args, **kwargs):
         seen.append(logits.dtype)
@@ -281,76 +151,86 @@ def test_the_loss_is_taken_in_float32(monkeypatch):
 
     monkeypatch.setattr(F, "cross_entropy", cross_entropy)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model(tokens(2, 7))[0].dtype == torch.bfloat16
-        for rows, taken in ((7, [torch.float32]), (20, [])):  # 20 * 32 rows are many
-            seen.clear()
-            idx, y = tokens(rows, 32), tokens(rows, 32, seed=2)
-            loss = model(idx, y)[1]
-            logits = model(idx)[0].float().flatten(0, 1)
-            assert seen == taken and loss.dtype == torch.float32
-            assert loss.item() == pytest.approx(real(logits, y.flatten()).item(), abs=1e-3)
+        logits, none = model(idx)
+        no_logits, loss = model(idx, y)
+    assert none is None and no_logits is None
+    assert logits.shape == (7, 32, 96) and logits.dtype == torch.bfloat16
+    assert seen == [torch.float32] and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(real(logits.float().flatten(0, 1), y.flatten()).item(), abs=1e-3)
 
 
-# --- sampling ---
+class WithDropout(GPT):
+    def embed(self, idx, pos):
+        return F.dropout(super().embed(idx, pos), 0.5, self.training)
 
 
-def generate(model, idx, n, **kwargs):
-    return torch.cat([idx, *model.generate(idx, n, **kwargs)], dim=1)
-
-
-@pytest.mark.parametrize("changes", VARIANTS)
-def test_greedy_output_is_the_same_with_and_without_the_cache(changes):
-    """20 tokens within the context and 20 beyond it, where both recompute the last 32."""
-    model, idx = small_gpt(**changes), tokens(3, 5)
-    both = [generate(model, idx, 40, temperature=0, n_vocab=96, use_cache=c) for c in (True, False)]
-    assert torch.equal(*both)
-
-
-@pytest.mark.parametrize("changes", VARIANTS)
-def test_cache_gives_the_same_hidden_states_at_every_position(changes):
-    model, idx, cache = small_gpt(**changes), tokens(2, 32), dict(length=0, size=32)
+def test_evaluation_is_in_eval_mode_and_updates_in_train_mode(tmp_path):
+    """Full batches, and only they, go through the compiled model."""
+    streams = train_gpt2.open_shards(write_shards(tmp_path / "s", val=16 * 23 + 1, high=96))
+    defaults = train_gpt2.parse_cli(train_gpt2.build_parser(GPT), [])[1]
+    args = argparse.Namespace(**defaults | dict(
+        dtype="float32", val_tokens=10**4, total_batch_size=64, log_dir=str(tmp_path), sample_length=9))
+    dist, model, shapes = train_gpt2.Dist(0, 0, 1, torch.device("cpu")), small_gpt(WithDropout), []
+    train_loader, loader = (DataLoaderLite(4, 16, 0, 1, stream) for stream in streams)
+    stop, tokenizer = train_gpt2.StopSignal(dist), train_gpt2.Tokenizer()
+    compiled = lambda x, y: shapes.append(tuple(x.shape)) or model(x, y)  # noqa: E731
+    evaluator = train_gpt2.Evaluator(args, dist, model, compiled, loader, [], [1, 2, 3], tokenizer, stop)
     with torch.no_grad():
-        parts = [model.hidden(idx[:, i:j], cache=cache) for i, j in
+        expected = small_gpt()(*loader.read(np.arange(23)))[1].item()
+    for _ in range(2):  # each draw of the dropout would give another loss
+        assert evaluator.validate() == pytest.approx(expected, rel=1e-6) and model.training
+    assert shapes == [(4, 16)] * 10  # 23 windows: the last three do not fill a batch
+    assert evaluator.sample() == evaluator.sample() and model.training
+    trainer = train_gpt2.Trainer(args, dist, model, model, train_loader, stop, run_metadata={})
+    with torch.no_grad():
+        expected = small_gpt()(*trainer.batch)[1].item()
+    model.eval()
+    loss, _ = trainer.update(lr=1e-3)
+    assert abs(loss - expected) > 1e-3 and model.training  # with dropout
+
+
+def generate(model, idx, n, n_vocab=96, **kwargs):
+    return torch.cat([idx, *model.generate(idx, n, n_vocab=n_vocab, **kwargs)], dim=1)
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_the_cache_changes_nothing(changes):
+    """Hidden states at all positions; and greedy tokens, half of them beyond block_size."""
+    model, idx, kv_cache = small_gpt(**changes), tokens(2, 32), dict(length=0, size=32)
+    with torch.no_grad():
+        parts = [model.hidden_states(idx[:, i:j], kv_cache=kv_cache) for i, j in
                  zip([0, *range(10, 32)], [*range(10, 32), 32], strict=True)]
-        assert torch.allclose(torch.cat(parts, dim=1), model.hidden(idx), atol=1e-5)
+        assert torch.allclose(torch.cat(parts, dim=1), model.hidden_states(idx), atol=1e-5)
+    idx = tokens(3, 5)
+    assert torch.equal(*(generate(model, idx, 40, temperature=0, use_cache=c) for c in (True, False)))
+    with pytest.raises(AssertionError, match="33 tokens"):
+        model(tokens(1, 33))
 
 
-def test_sampling_stays_inside_the_vocabulary_and_leaves_random_states_alone():
+def test_sampling_is_seeded_and_stays_inside_the_vocabulary():
     model, before = small_gpt(), torch.get_rng_state()
-    model.lm_head.weight.data[50:] = 10.0  # the padding rows are the likeliest
+    model.lm_head.weight.data[50:] = 10.0  # the padded ids are the likeliest
     model.lm_head.weight.data[:50] *= 0.1
     for top_k in (0, 5, 1000):
-        out = [generate(model, tokens(4, 3, high=50), 30, top_k=top_k, n_vocab=50,
+        out = [generate(model, tokens(4, 3, high=50), 30, n_vocab=50, top_k=top_k,
                         generator=torch.Generator().manual_seed(42)) for _ in range(2)]
         assert out[0].max() < 50 and torch.equal(*out)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_top_k_one_is_greedy_and_temperature_sharpens():
-    model, idx = small_gpt(), tokens(2, 4)
-    gen = torch.Generator().manual_seed(0)
-    greedy = generate(model, idx, 10, temperature=0, n_vocab=96)
-    assert torch.equal(generate(model, idx, 10, top_k=1, n_vocab=96, generator=gen), greedy)
-    assert torch.equal(
-        generate(model, idx, 10, temperature=1e-4, n_vocab=96, generator=gen), greedy)
+def test_top_k_one_and_low_temperatures_are_greedy():
+    model, generator = small_gpt(), torch.Generator().manual_seed(0)
+    greedy, top_1, cold, usual = (generate(model, tokens(2, 4), 10, generator=generator, **how) for how in (
+        dict(temperature=0), dict(top_k=1), dict(temperature=1e-4), {}))
+    assert torch.equal(top_1, greedy) and torch.equal(cold, greedy) and not torch.equal(usual, greedy)
 
 
-# --- the schedule ---
-
-
-@pytest.mark.parametrize("it, lr", [
-    (0, 8.3916083916e-07), (249, 2.0979020979e-04), (713, 5.9916083916e-04), (714, 6.0e-04),
-    (715, 6.0e-04), (716, 5.9999999605e-04), (1000, 5.9967893984e-04), (5000, 5.3060375144e-04),
-    (9894, 3.3e-04), (10000, 3.2510254652e-04), (15000, 1.2297343086e-04),
-    (19000, 6.0021067978e-05), (19071, 6.0000015814e-05), (19072, 6.0000003954e-05),
-    (19073, 6.0e-05), (30000, 6.0e-05),
+@pytest.mark.parametrize("args, lr", [
+    ([0], 8.3916083916e-07), ([713], 5.9916083916e-04), ([714], 6e-04), ([715], 6e-04),
+    ([716], 5.9999999605e-04), ([1000], 5.9967893984e-04), ([9894], 3.3e-04), ([10000], 3.2510254652e-04),
+    ([19071], 6.0000015814e-05), ([19072], 6.0000003954e-05), ([19073], 6e-05), ([30000], 6e-05),
+    # a warm-up of no step, of all steps, and of more
+    ([0, 1.0, 0.1, 0, 10], 1.0), ([3, 1.0, 0.1, 5, 5], 0.8), ([2, 1.0, 0.1, 100, 10], 0.03),
 ])  # fmt: skip
-def test_learning_rate(it, lr):
-    assert get_lr(it) == pytest.approx(lr, rel=1e-9)
-
-
-def test_learning_rate_with_odd_settings():
-    assert get_lr(0, 1.0, 0.1, 0, 10) == 1.0  # no warm-up
-    assert get_lr(3, 1.0, 0.1, 5, 5) == 0.8  # warm-up to the end
-    assert get_lr(5, 1.0, 0.1, 5, 5) == 0.1
-    assert get_lr(2, 1.0, 0.1, 100, 10) == pytest.approx(0.03)  # warm-up beyond the end
+def test_learning_rate(args, lr):
+    assert get_lr(*args) == pytest.approx(lr, rel=1e-9)
