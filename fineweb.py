@@ -59,7 +59,7 @@ JOB_DOCUMENTS = 200  # documents that a worker tokenizes at a time, 50 ms of Fin
 
 
 class UserError(Exception):
-    """A user's mistake: one line that names the value and the fix, exit status 2."""
+    """Invalid input. The message is one line with the value and the fix; exit status 2."""
 
 
 def print_line(message, stream="stdout"):
@@ -95,13 +95,13 @@ def build_parser():
     )  # fmt: skip
     add = parser.add_argument_group("download pretokenized shards").add_argument
     add("--pretokenized", nargs="?", type=integer(1), const=ALL, metavar="N",
-        help="val shard and first N train shards, 200 MB each; without N all. A larger N later adds shards")
+        help="val shard and first N train shards (no N = all), 200 MB each; a larger N adds more")
     add("--ready", dest="pretokenized", nargs="?", type=integer(1), const=ALL, help=argparse.SUPPRESS)
     add = parser.add_argument_group("source and destination").add_argument
     add("--dataset", metavar="NAME",
-        help=f"Hugging Face dataset or local directory (default: {DATASET}; with --pretokenized "
-        f"{PRETOKENIZED}, or kjj0/fineweb10B-gpt2, karpathy/fineweb-edu-100B-gpt2-token-shards)")
-    add("--revision", help="branch, tag or commit of the dataset (default: main at the first run)")
+        help=f"Hugging Face dataset or local directory (default: {DATASET}; with --pretokenized: "
+        f"{PRETOKENIZED}, also: kjj0/fineweb10B-gpt2, karpathy/fineweb-edu-100B-gpt2-token-shards)")
+    add("--revision", help="branch, tag or commit of the dataset (default: as recorded in --out, else main)")
     add("--out", metavar="DIR", default=SHARDS_DIR,
         help="output directory (default: edu_fineweb10B in the directory of fineweb.py)")
     add("--verify", action="store_true", help="only check size and sha256 of the shards in --out")
@@ -110,19 +110,19 @@ def build_parser():
     add("--split", default="train", help="split of the dataset (default: train)")
     add("--text_column", metavar="NAME", default="text", help="column of the text (default: text)")
     add("--streaming", action="store_true",
-        help=f"read the dataset over the network (default: download it first, 75 GB for {CONFIG})")
+        help=f"read the dataset over the network (default: download it first; {CONFIG}: 75 GB on disk)")
     add("--files", nargs="+", metavar="PATH",
         help="paths or glob patterns, read in this order instead of a dataset: .parquet, .jsonl, .jsonl.gz "
         "(one document per row), .txt (one document). Their texts are copied to --out temporarily")
     add("--shard_size", type=integer(1, 10**10), metavar="N",
-        help="tokens per shard (default: as recorded in --out, else 100000000; for --files at most a tenth)")
+        help="tokens per shard (default: as recorded in --out, else 100000000; --files: a tenth at most)")
     add("--max_tokens", type=integer(0), metavar="N", default=0,
         help="stop after N tokens (default: 0 = all)")
     add("--shuffle", type=integer(0, 2**32 - 1), metavar="SEED",
-        help="seed of a random order of the documents; with --streaming of the files and of a buffer of "
+        help="shuffle the documents with this seed; --streaming shuffles the files and a buffer of "
         f"{STREAM_BUFFER:,} documents (default: no shuffling)")
     add("--num_proc", type=integer(1), metavar="N", default=NUM_CORES,
-        help=f"worker processes, 200 MB each (default: one per core, {NUM_CORES})")
+        help=f"worker processes, 200 MB of memory each (default: one per core, {NUM_CORES})")
     return parser
 
 
@@ -218,7 +218,7 @@ def load_manifest(folder):
         manifest = json.load(f)
         if manifest["format"] == MANIFEST_FORMAT:
             return manifest
-    raise UserError(f"{path} is not a manifest of this version of fineweb.py; move it away")
+    raise UserError(f"{path} was not written by this version of fineweb.py; use another --out")
 
 
 def check_settings(folder, manifest, settings):
@@ -309,7 +309,7 @@ def expand_patterns(patterns):
         paths += found or [pattern]
     for path in paths:
         if not os.path.isfile(path) or not path.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt")):
-            raise UserError(f"{path} is not a .parquet, .jsonl, .jsonl.gz or .txt file; check --files")
+            raise UserError(f"{path}: no such .parquet, .jsonl, .jsonl.gz or .txt file; check --files")
     return list(dict.fromkeys(paths))
 
 
@@ -461,8 +461,12 @@ def load_encode():
     import requests
     import tiktoken.load
 
-    # tiktoken's own download has no timeout.
-    tiktoken.load.read_file = lambda url: requests.get(url, timeout=60).content
+    def read_file(url):  # tiktoken's own download has no timeout
+        response = requests.get(url, timeout=60)
+        response.raise_for_status()
+        return response.content
+
+    tiktoken.load.read_file = read_file
     try:
         return functools.partial(encode_ordinary, tiktoken.get_encoding("gpt2"))
     except Exception as e:
@@ -475,7 +479,7 @@ def encode_ordinary(bpe, text):
         return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
     except (UnicodeEncodeError, AttributeError):  # unpaired surrogate; old tiktoken
         return np.array(bpe.encode_ordinary(text), dtype=np.uint16)
-    except ValueError as e:  # its regular expression fails on a million spaces in a row
+    except ValueError as e:  # tiktoken's regex fails on about a million consecutive spaces
         raise UserError(f"could not tokenize the text that starts with {text[:40]!r} ({one_line(e, 100)}); "
                         "shorten its longest run of spaces") from e
 
@@ -485,7 +489,7 @@ def init_worker():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    # A parent that is killed cannot stop its workers.
+    # A killed parent cannot stop its workers, so each worker watches it.
     threading.Thread(target=exit_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -656,7 +660,7 @@ def run(args):
 
 
 def main(argv=None):
-    """Run the command. Errors exit with status 1 (environment), 2 (user's mistake) or 130 (interrupted)."""
+    """Run the command. Errors exit with status 1 (environment), 2 (invalid input) or 130 (interrupted)."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)

@@ -20,6 +20,7 @@ import os
 import sys
 from collections import namedtuple
 from pathlib import Path
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep; set before torch loads
 
 import numpy as np
@@ -69,7 +70,7 @@ def download(split="val", path=None, url=None):
 
 
 def is_expected(content, split):
-    """Return whether `content` (bytes) has the split's size and hash, if they are known."""
+    """Return whether `content` is not empty and has the size and sha256 in KNOWN_FILES, if listed."""
     found = len(content), hashlib.sha256(content).hexdigest()
     return bool(content) and found == KNOWN_FILES.get(split, found)
 
@@ -150,7 +151,7 @@ def load_examples(path, n, block_size, encode):
     examples = []
     for example in itertools.islice(iterate_examples("val", path), n):
         context, endings = encode_texts(example, encode)
-        # Truncate on the left, the context first, and keep at least one token of it.
+        # Truncate on the left: first the context, down to one token, then the endings.
         short_endings = [e[1 - block_size :] for e in endings]
         short_context = context[max(map(len, short_endings)) - block_size :]
         cropped = (short_context, short_endings) != (context, endings)
@@ -192,14 +193,14 @@ def score_batch(model, examples, device):
     for h, ids in zip(hidden_states.split(size), target.split(size), strict=True):
         log_p = F.log_softmax(model.logits(h).float(), dim=-1)
         losses.append(-log_p.gather(1, ids.clamp(min=0)))
-    # Sum in float64, so that endings of any length with equal token losses tie exactly.
+    # Sum in float64: endings of different lengths with equal token losses then tie exactly.
     loss = torch.cat(losses).cpu().double().masked_fill(target.cpu() < 0, 0.0)
     sums = torch.zeros(len(tokens), 4, dtype=torch.float64).index_add_(0, sequence.cpu(), loss)
     return sums, sums / counts
 
 
 def rank_batches(examples, rank, world_size, batch_tokens):
-    """Yield one rank's batches, lists of examples: equally many on all ranks, some may be empty."""
+    """Yield this rank's batches (lists of examples): equally many on all ranks, some may be empty."""
     # Sort by length for little padding, longest first so that an out-of-memory error comes at once.
     examples = sorted(examples, key=lambda e: -len(e.tokens))
     start = 0
@@ -259,7 +260,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Score a model on HellaSwag.", allow_abbrev=False)
     parser.error = fail
     add = parser.add_argument
-    add("-m", "--model_type", default="gpt2", help="gpt2[-medium|-large|-xl] or a checkpoint file")
+    add("-m", "--model_type", default="gpt2", help="gpt2[-medium|-large|-xl] or a checkpoint (default: gpt2)")
     add("-d", "--device", default="auto", help="cuda, cuda:i, mps or cpu (default: auto)")
     add("--limit", type=int, default=10042, metavar="N", help="first N examples (default: all)")
     add("--data_file", metavar="FILE", help=".jsonl file (default: downloaded once, 12 MB)")

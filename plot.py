@@ -28,8 +28,8 @@ OPENAI_MODELS = {
     (48, 1600): ("1558M", None, 0.488946, 0.547),
 }
 
-# Validation losses of published 124M runs: {(arch, dataset): {step: loss}}. Linear interpolation
-# between these points is within 0.01 of every published value.
+# Validation losses of published 124M runs: {(arch, dataset): {step: loss}}. From the second
+# point on, linear interpolation is within 0.01 of every published value.
 CONFIG_124M = dict(n_layer=12, n_embd=768, block_size=1024, T=1024, total_batch_size=524288)
 REFERENCE_RUNS = {
     # github.com/garg-aayush/building-from-scratch, gpt-2/log/log.txt at commit 5fb8200: one run of
@@ -49,7 +49,7 @@ REFERENCE_RUNS = {
 # Flags that do not affect the curves.
 IGNORED_FLAGS = {"B", "compile", "device", "log_dir", "preset", "resume", "save_every", "zero"}
 
-# Numbers have at most two exponent digits: larger ones, infinity and NaN cannot be drawn.
+# Skips infinity, NaN and exponents of three digits, which matplotlib cannot draw.
 LINE = re.compile(r"(\d{1,15}) (train|val|hella|norm) (-?\d{1,30}(?:\.\d*)?(?:e[+-]?\d\d)?)", re.A)
 # last: last step. train to norm: float64 arrays (2, n) of ascending unique steps, and values.
 Run = namedtuple("Run", "name last settings train val hella norm")
@@ -82,7 +82,7 @@ def read_log(path):
 
 
 def read_settings(path):
-    """Read flags, model config, arch, tokenizer and dataset from config.json ({}: not found)."""
+    """Read flags, model config, arch, tokenizer and dataset from config.json ({}: none or invalid)."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         settings = config["flags"] | config.get("model", {})
@@ -107,8 +107,8 @@ def find_spikes(run):
     norm = run.norm[:, run.norm[0] >= run.settings.get("warmup_steps", 0.05 * run.last)]
     if norm.shape[1] < 20:
         return norm[:, :0]
-    # A spike exceeds three times the local median. It would raise a local mean itself, and norms
-    # decrease for thousands of steps, so one level for the whole run does not work.
+    # A spike exceeds three times the running median. A running mean would include the spike, and
+    # a constant threshold would not follow the norm, which decreases for thousands of steps.
     level = np.interp(norm[0], *running_median(norm, min(201, norm.shape[1])))
     spikes = norm[:, norm[1] > 3 * level]
     highest = []
@@ -265,7 +265,7 @@ def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[1])
     parser.error = fail
     parser.add_argument("logs", nargs="+", metavar="log", help="log directory or log file of a run")
-    parser.add_argument("-o", "--out", metavar="FILE", help="default: curves.png next to the log")
+    parser.add_argument("-o", "--out", metavar="FILE", help="image (default: curves.png next to the log)")
     args = parser.parse_args()
     runs = [read_log(path) for path in args.logs]
     print(format_table(runs))

@@ -401,7 +401,7 @@ class GPT(nn.Module):
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
 
     def lookup_only_params(self):
-        """Names of the parameters that no matmul uses. Not wte: it is tied to the output head."""
+        """Names of the embeddings that are only looked up. Not wte: it is also the output head."""
         return {"transformer.wpe.weight"}
 
     @classmethod
@@ -437,7 +437,7 @@ class GPT(nn.Module):
                         {"params": nodecay_params, "weight_decay": 0.0}]
         # The fused kernel does the whole update of many tensors in one launch. The default launches one
         # kernel per arithmetic operation and moves the state through memory each time.
-        use_fused = device_type in ("cuda", "cpu", "mps")
+        use_fused = device_type in ("cuda", "cpu", "mps")  # those of --device
         print0(f"using fused AdamW: {use_fused}")
         return make_optimizer(torch.optim.AdamW, param_groups, zero, lr=learning_rate, betas=(0.9, 0.95),
                               eps=1e-8, fused=use_fused)
@@ -522,7 +522,7 @@ class TokenStream:
         except OSError as e:
             raise DataError(f"cannot read {shard.path} ({one_line(e)})") from e
         if len(tokens) < count:
-            raise DataError(f"{shard.path} became shorter than its {shard.count:,} tokens at the start")
+            raise DataError(f"{shard.path} was truncated: it had {shard.count:,} tokens when the run started")
         return tokens
 
 
@@ -872,7 +872,7 @@ def train(trainer, evaluator, run_log):
         step, last_step = trainer.step, trainer.step >= args.max_steps
 
         # once in a while: validation loss, HellaSwag, samples
-        if args.eval_every and (step % args.eval_every == 0 or last_step):
+        if is_evaluated(step, args):
             trainer.val_loss = evaluator.validate()
             hella_acc = evaluator.score_hellaswag()
             if run_log:
@@ -888,8 +888,8 @@ def train(trainer, evaluator, run_log):
         if last_step:
             return
 
-        # one optimizer step; dt excludes evaluation and saving. update() waits for the device before the last
-        # optimizer kernels, which run during the next step: averages of dt are right, single values shifted.
+        # one optimizer step; dt excludes evaluation and saving. The optimizer kernels are launched after the
+        # step's only synchronization, so their time counts toward the next step: averages are accurate.
         t0 = time.perf_counter()
         lr = trainer.raw_model.schedule(step, args)
         loss, norm = trainer.update(lr)
@@ -900,6 +900,11 @@ def train(trainer, evaluator, run_log):
         # any rank received a signal: all ranks stop here
         if trainer.stop.agreed:
             raise TrainingInterrupted
+
+
+def is_evaluated(step, args):
+    """True every eval_every steps, at step 0 and after the last update; never if eval_every is 0."""
+    return args.eval_every > 0 and (step % args.eval_every == 0 or step >= args.max_steps)
 
 
 def is_due(step, every):
@@ -995,7 +1000,7 @@ def choose_device(name, local_rank, local_world_size, world_size):
         raise UserError(f"{local_world_size} ranks on this machine but {n_gpus} GPUs; use "
                         f"--nproc_per_node={n_gpus}")
     if index >= n_gpus:
-        raise UserError(f"--device {name}: {n_gpus} CUDA devices are available")
+        raise UserError(f"--device {name}: {n_gpus} CUDA devices are available; use --device cpu")
     return torch.device("cuda", index)
 
 
@@ -1073,7 +1078,7 @@ def wrap_ddp_and_compile(model, dist, use_compile):
             gradient_as_bucket_view=True, bucket_cap_mb=100)
     if not use_compile:
         return model
-    if dist.device.type == "cpu":  # the compiled embedding backward uses atomic adds in any order
+    if dist.device.type == "cpu":  # the compiled embedding backward uses atomic adds, whose order varies
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     return torch.compile(model)
@@ -1145,10 +1150,10 @@ class TrainingInterrupted(Exception):
 
 
 class StopSignal:
-    """Stop requests of this rank, and those that all ranks know of (agreed, data_failed).
+    """Stop requests of this rank, and the flags that all ranks agreed on (agreed, data_failed).
 
-    SIGTERM, SIGINT, SIGHUP and the death of torchrun stop at the next step or evaluation batch; a second
-    signal exits at once. A data error stops with status 1.
+    SIGTERM, SIGINT, SIGHUP or the death of torchrun stops the run after the current step or evaluation batch.
+    A second signal exits at once. A data error exits with status 1.
     """
 
     def __init__(self, dist):
@@ -1159,7 +1164,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def handlers(self):
-        """Install the signal handlers, in the main thread, and restore the old ones."""
+        """Context: handle signals (main thread only); restore the old handlers on exit."""
         signums = [signal.SIGTERM, signal.SIGINT]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signums.append(signal.SIGHUP)  # it is ignored under nohup
@@ -1182,8 +1187,8 @@ class StopSignal:
 
     def local_flags(self):
         """[signal, data error] of this rank as 0 or 1, to be summed over the ranks."""
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT_PID:  # torchrun died
-            self.local_signal = self.local_signal or signal.SIGTERM
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT_PID and not self.local_signal:
+            self.handle(signal.SIGTERM, None)  # torchrun died
         return [int(self.local_signal > 0), int(self.data_error is not None)]
 
     def set_agreed(self, flags):
@@ -1375,10 +1380,14 @@ def is_finished(ckpt, args):
     if not finished or step < args.max_steps:
         return False
     last, kept = (os.path.join(args.log_dir, name) for name in ("last.pt", f"model_{step:05d}.pt"))
-    if rank() == 0 and not (path == last and os.path.exists(kept)):  # killed before the link
-        link_or_copy(path, kept if path == last else last)
+    # A missing name: the run was killed before the link, or last.pt is damaged.
+    if rank() == 0 and not (path == last and os.path.exists(kept)):
+        try:
+            link_or_copy(path, kept if path == last else last)
+        except OSError as e:
+            warn(f"could not restore a missing checkpoint name ({one_line(e)})")
     loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
-    print0(f"the run in {args.log_dir} is finished: {step} steps{loss}; to train longer, add a larger "
+    print0(f"the run in {args.log_dir} is finished: {step} steps{loss}; to train longer, pass a larger "
            "--max_steps")
     return True
 
@@ -1391,7 +1400,9 @@ def load_weights(name):
             last = os.path.join(name, "last.pt")
             hint = f"use --init {last}" if os.path.isfile(last) else "and holds no last.pt"
             raise UserError(f"--init {name} is a directory; {hint}")
-        return load_checkpoint(name)
+        ckpt = load_checkpoint(name)
+        ckpt.pop("optimizer", None)  # free the memory
+        return ckpt
     transformers = import_optional("transformers", f"--init {name}")
     try:
         return hf_to_checkpoint(transformers.GPT2LMHeadModel.from_pretrained(name))
@@ -1576,10 +1587,10 @@ def get_tokenizer(name="gpt2"):
 
 
 def load_tokenizer(name, dist, has_shards, is_needed):
-    """The same Tokenizer on all ranks: rank 0 decides. None if nothing needs one.
+    """Load the same Tokenizer on all ranks; rank 0 decides which. None if none is needed. Collective.
 
-    Without the GPT-2 vocabulary, a new run on a text (name None) reads it as byte tokens, and a run on shards
-    has no samples and no HellaSwag, with a warning. Else raises UserError.
+    If the GPT-2 vocabulary is unavailable, a new run on a text (name None) uses byte tokens, and a run on
+    shards has no samples and no HellaSwag. Both print a warning; other runs raise UserError.
     """
     tokenizer = None
     if dist.master_process and is_needed:
@@ -1646,7 +1657,7 @@ def open_shard(path):
         raise UserError(f"{path} is not a file of tokens, or is damaged ({one_line(e)}); make or download it "
                         "again, or move it out of this directory") from e
     if count <= 0 or size != offset + 2 * count:
-        raise UserError(f"{path} is damaged: {size:,} bytes, but its header promises {count:,} tokens; make "
+        raise UserError(f"{path} is damaged: {size:,} bytes, but its header declares {count:,} tokens; make "
                         "or download it again")
     return Shard(os.path.basename(path), count, path, offset)
 
@@ -1666,7 +1677,8 @@ def load_data(args, is_explicit, ckpt, dist):
     text is read or printed.
     """
     path, data, text = args.data, None, None
-    if args.eval_only and (not args.val_tokens or not (is_explicit or os.path.exists(path))):
+    can_skip = args.eval_only and args.inspect is None
+    if can_skip and (not args.val_tokens or not (is_explicit or os.path.exists(path))):
         if args.val_tokens:
             print0(f"validation is off: no data at {path}")
     elif path == SMOKE_TEXT and not os.path.exists(path):
@@ -1801,18 +1813,21 @@ def open_log_dir(args):
 
 
 class StepFile:
-    """Text file of lines that start with a step. Opening it drops the lines of steps >= from_step.
+    """Text file of lines that start with a step. Opening it drops the lines of steps that will be repeated.
 
     After a failed write (disk full) the lines stay in the buffer and are written with later ones.
     """
 
-    def __init__(self, path, from_step):
+    def __init__(self, path, from_step, evaluates):
+        """evaluates: whether from_step is evaluated again; else its evaluations are kept."""
         self.path, self.warned, lines = path, False, []
         if os.path.exists(path):
             with open(path, "rb") as f:
                 lines = [x for x in f if x.endswith(b"\n") and x.split(b" ")[0].isdigit()]
+        evaluations = rb"%d (val|hella|sample) " % from_step
         with atomic_write(path) as f:
-            f.write(b"".join(line for line in lines if int(line.split()[0]) < from_step))
+            f.write(b"".join(line for line in lines if int(line.split()[0]) < from_step or (
+                not evaluates and re.match(evaluations, line))))
         self.file = open(path, "ab", buffering=1 << 20)
 
     def write(self, text):
@@ -1846,8 +1861,9 @@ class RunLog:
             with open(config_file, encoding="utf-8") as f:
                 settings["wandb_id"] = json.load(f)["wandb_id"]  # the same W&B run on resume
         try:
-            self.log_file = StepFile(os.path.join(args.log_dir, "log.txt"), from_step)
-            self.samples_file = StepFile(os.path.join(args.log_dir, "samples.txt"), from_step)
+            evaluates = is_evaluated(from_step, args)
+            self.log_file = StepFile(os.path.join(args.log_dir, "log.txt"), from_step, evaluates)
+            self.samples_file = StepFile(os.path.join(args.log_dir, "samples.txt"), from_step, evaluates)
             with atomic_write(config_file) as f:
                 f.write(json.dumps(settings, indent=1).encode())
         except OSError as e:
@@ -2051,7 +2067,7 @@ def exit_process(status):
 
 
 # -----------------------------------------------------------------------------
-# Setup and main. All checks run before any file is written.
+# Setup and main. All checks run before the run directory is created or renamed.
 
 
 def choose_preset(cli_args, dist):
@@ -2116,7 +2132,8 @@ def resume_flags(cli_args, defaults, group_of, model_class, ckpt):
                         "with commit 7f9751b, or start from its weights with --init")
     saved = defaults | {name: value for name, value in ckpt["flags"].items() if name in defaults}
     groups = ("model",) if "eval_only" in cli_args else ("model", "data order")
-    requested = model_class.presets.get(cli_args.get("preset"), {})
+    preset = cli_args.get("preset")
+    requested = {} if preset == saved["preset"] else model_class.presets.get(preset, {})
     requested = {name: value for name, value in requested.items() if group_of[name] == "model"} | cli_args
     check_unchanged({f"--{name}": (saved[name], value) for name, value in requested.items()
                      if group_of[name] in groups})
@@ -2133,7 +2150,8 @@ def resume_flags(cli_args, defaults, group_of, model_class, ckpt):
 
 def init_flags(cli_args, defaults, group_of, ckpt):
     """The flags that --init sets. Raises UserError if explicit model flags contradict it."""
-    config = {name: value for name, value in ckpt["config"].items() if group_of.get(name) == "model"}
+    config = asdict(GPTConfig()) | ckpt["config"]  # Hugging Face's has no pos, mlp, norm
+    config = {name: value for name, value in config.items() if group_of.get(name) == "model"}
     for name in sorted(config.keys() & cli_args.keys()):
         if cli_args[name] != config[name]:
             raise UserError(f"--{name} {cli_args[name]} contradicts --init {cli_args['init']}, which has "
@@ -2301,10 +2319,10 @@ def inspect_step(args, data, tokenizer):
     loader = DataLoaderLite(1, args.T, 0, 1, data.train, args.total_batch_size // args.T, args.shuffle,
                             args.seed)
     for sequence, epoch, window, shard, offset in loader.locate(args.inspect):
-        print(f"step {args.inspect} sequence {sequence}: epoch {epoch} window {window} "
-              f"{data.train.names[shard]} offset {offset}")
+        print0(f"step {args.inspect} sequence {sequence}: epoch {epoch} window {window} "
+               f"{data.train.names[shard]} offset {offset}")
         if tokenizer:
-            print(tokenizer.decode(data.train.read(window * args.T, args.T)))
+            print0(tokenizer.decode(data.train.read(window * args.T, args.T)))
 
 
 def script_of(arch):
@@ -2335,14 +2353,15 @@ def main(argv=None, model_class=GPT):
             if dist.master_process:
                 export_hf(model_class.from_checkpoint(ckpt, path), args.export_hf)
             return 0
+        compare_ranks(dist, {"the checkpoint (is --log_dir on shared storage?)":
+                             resume_ckpt and (path, resume_ckpt["step"])})
         is_training = not args.eval_only and args.inspect is None
         if resume_ckpt and is_training and is_finished(resume_ckpt, args):
             return 0
 
         data, tokenizer = load_data(args, "data" in cli_args, ckpt, dist)
         compare_ranks(dist, {f"--{name}": value for name, value in cli_args.items()} | {
-            "--dtype": args.dtype, "the training data": data and data.identity,
-            "the checkpoint (is --log_dir on shared storage?)": resume_ckpt and (path, resume_ckpt["step"])})
+            "--dtype": args.dtype, "the training data": data and data.identity})
         if resume_ckpt and not args.eval_only:
             check_unchanged({"--data": (resume_ckpt["data"], data.identity)})
         if args.inspect is not None:
@@ -2450,10 +2469,9 @@ def run_training(trainer, evaluator, run_log):
         finally:
             if run_log:
                 run_log.close()
-    if run_log:
-        loss = "" if trainer.val_loss is None else f", validation loss {trainer.val_loss:.4f}"
-        print0(f"done: {args.max_steps} steps, {args.max_steps * args.total_batch_size:,} tokens{loss}")
-    if args.preset == "smoke":
+    loss = "" if trainer.val_loss is None else f", validation loss {trainer.val_loss:.4f}"
+    print0(f"done: {args.max_steps} steps, {args.max_steps * args.total_batch_size:,} tokens{loss}")
+    if args.preset == "smoke" and args.max_steps < 1000:
         print0(f"next: python {script_of(trainer.raw_model.arch)} --max_steps 1000, or `python fineweb.py "
                "--pretokenized 10` and a GPU for the 124M run")
     return 0

@@ -21,7 +21,7 @@ SHORT = [*TINY, "--data=shards", "--save_every=0", "--B=4", "--val_tokens=256", 
 MODERN = [*(f for f in SHORT if not re.match("--(max_lr|warmup)", f)), "--total_batch_size=192"]
 COMPILED = [*SHORT, "--n_layer=1", "--eval_every=4", "--max_steps=8", "--checkpoint_every=0"]
 
-# {name: (ranks, flags, the job whose step 8 it resumes)}; modern.py if its name says so
+# {name: (ranks, flags, the job whose step 8 it resumes)}; "modern..." runs modern.py
 JOBS = {
     "one": (1, [*BASE, "--B=6"], None),
     "two": (2, [*BASE, "--B=3"], None),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY, assert_same_end, copy_until_8, equal, read_log, weights, write_shards
 
+import train_gpt2
 from train_gpt2 import get_lr, load_optimizer_state
 
 
@@ -151,3 +152,28 @@ def test_finished_run(forks, uninterrupted, flags, tmp_path):
     assert "max_steps 12 -> 14" in run.stdout and weights(log)["step"] == 14
     assert (log / "model_00012.pt").exists() and (log / "model_00014.pt").exists()
     assert "is finished: 14 steps" in forks.run(*flags, cwd=tmp_path).good().stdout
+
+
+def test_final_evaluation_stays_in_the_log(forks, uninterrupted, flags, tmp_path):
+    """Step 12 was evaluated as the last one, and a longer run does not evaluate it again."""
+    log = tmp_path / "log"
+    shutil.copytree(uninterrupted, log)
+    forks.run(*flags, "--max_steps=14", "--resume", cwd=tmp_path).good()
+    now, before = read_log(log), read_log(uninterrupted)
+    assert {k: v for k, v in before.items() if k[0] <= 12}.items() <= now.items()
+    assert (13, "train") in now and (14, "val") in now
+
+
+def test_preset_of_the_run_itself_is_accepted(forks, uninterrupted, data, tmp_path):
+    """Although explicit flags gave the run another size than its preset."""
+    copy_until_8(uninterrupted, tmp_path / "log")
+    forks.run("--preset=gpt2", f"--data={data}", "--resume", cwd=tmp_path).good()
+    assert_same_end(tmp_path / "log", uninterrupted)
+
+
+def test_init_from_hugging_face_contradicts_rope(tmp_path):
+    ckpt = dict(config=dict(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8))
+    parser = train_gpt2.build_parser(train_gpt2.GPT)
+    cli_args, defaults = train_gpt2.parse_cli(parser, ["--init=gpt2", "--pos=rope"])
+    with pytest.raises(train_gpt2.UserError, match="--pos rope contradicts --init gpt2, which has learned"):
+        train_gpt2.init_flags(cli_args, defaults, parser.group_of, ckpt)
