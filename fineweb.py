@@ -327,7 +327,7 @@ def resolve_shard_size(args, recorded):
     size = args.shard_size or recorded.get("shard_size") or default
     if size >= limit and not recorded:
         raise UserError(f"--shard_size {size} leaves nothing to train on: the first shard is validation "
-                        f"data, and there are at most {limit} tokens; use {max(1, limit // 10)} or less")
+                        f"data, and there are at most {limit} tokens; use more text or a smaller size")
     return size
 
 

@@ -99,7 +99,8 @@ def build_parser(model_class):
     add("init", user_path, "scratch", "initial weights: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl "
         "(Hugging Face), or the path of a checkpoint")
     add("device", nonempty, "auto", "cuda, cuda:1, mps or cpu; auto: the first of cuda, mps and cpu")
-    add("log_dir", user_path, default_log_dir(model_class.arch), "directory for log, checkpoints and curves")
+    log_dir = "log" if model_class.arch == "gpt2" else f"log_{model_class.arch}"
+    add("log_dir", user_path, log_dir, "directory for log, checkpoints and curves")
     add("resume", None, False, "resume from the latest valid checkpoint in --log_dir; start fresh if there "
         "is none", shown="", action="store_true")
     add("eval_only", None, False, "evaluate the weights of --init or --resume, print samples, then exit",
@@ -668,7 +669,10 @@ class Evaluator:
             windows = np.arange(first, min(first + loader.B, self.n_windows))
             try:
                 if len(windows):
-                    total += self.batch_loss(windows) * len(windows)
+                    x, y = (t.to(dist.device) for t in loader.read(windows))
+                    model = self.compiled_model if len(windows) == loader.B else self.model
+                    with self.evaluation_mode():
+                        total += model(x, y)[1] * len(windows)
             except DataError as e:
                 self.stop.data_error = e
             self.stop.check()
@@ -676,12 +680,6 @@ class Evaluator:
         note = f" (all {self.n_windows * loader.T:,} tokens of the split)" if self.is_whole_split else ""
         print0(f"validation loss: {val_loss:.4f}{note}")
         return val_loss
-
-    def batch_loss(self, windows):
-        x, y = (t.to(self.dist.device) for t in self.loader.read(windows))
-        model = self.compiled_model if len(windows) == self.loader.B else self.model
-        with self.evaluation_mode():
-            return model(x, y)[1]
 
     def score_hellaswag(self, details=False):
         """HellaSwag accuracy (acc_norm: the lowest mean token loss wins); None if off."""
@@ -850,10 +848,10 @@ class Trainer:
         """
         optimizers = {name: full_optimizer_state(o, self.dist) for name, o in self.optimizers.items()}
         if self.dist.master_process:
-            finished = final and permanent and self.step == self.args.max_steps
             state = self.run_metadata | dict(
                 model=self.raw_model.state_dict(), optimizer=optimizers, scaler=self.scaler.state_dict(),
-                step=self.step, val_loss=self.val_loss, rng=torch.get_rng_state(), finished=finished)
+                step=self.step, val_loss=self.val_loss, rng=torch.get_rng_state(),
+                finished=final and permanent)
             save_checkpoint(state, self.args.log_dir, permanent, final)
 
 
@@ -1769,10 +1767,6 @@ def sample_length(args, tokenizer):
 
 # -----------------------------------------------------------------------------
 # Run directory and log files
-
-
-def default_log_dir(arch):
-    return "log" if arch == "gpt2" else f"log_{arch}"
 
 
 def lock_log_dir(log_dir):

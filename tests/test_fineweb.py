@@ -212,7 +212,7 @@ def test_a_shard_size_that_leaves_nothing_to_train_on(main, refused, tmp_path):
     argv = ["--files", path, "--out", tmp_path / "out"]
     for flags in (["--shard_size", "9999"], ["--shard_size", "40", "--max_tokens", "40"]):
         err = refused(*argv, *flags)
-        assert "leaves nothing to train on" in err and "or less" in err
+        assert "leaves nothing to train on" in err and "smaller size" in err
     assert "--shard_size 100000000 leaves" in refused("--max_tokens", "5", "--out", argv[-1])
     assert not (tmp_path / "out").exists()
     status, _, err = main(*argv, "--shard_size", "500")  # the JSON has 600 bytes, the texts 210
@@ -370,7 +370,7 @@ def test_mistakes_with_files(tmp_path, refused, monkeypatch, flags, message):
     ("byte.jsonl", b'{"text": "good"}\n' * 999 + b'{"text": "caf\xe9"}\n', " line 1000 is not a JSON object"),
     ("late.jsonl", b'{"text": "good"}\n{"body": ""}\n', " line 2 has no text in column text, only body"),
     ("number.jsonl", b'{"text": 5}\n', " line 1 has no text in column text, only text (int)"),
-    ("cut.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * 99)[:-9], ""),
+    ("cut.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * 99, mtime=0)[:-9], ""),
     ("latin.txt", b"caf\xe9", "utf-8"),
     ("flip.parquet", None, ""),
 ])  # fmt: skip
