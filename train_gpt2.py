@@ -2442,17 +2442,16 @@ def open_run_log(args, dist, trainer, data, use_compile, stack):
 
 def run_training(trainer, evaluator, run_log):
     """Run the training loop and handle its end. Returns the exit status."""
-    args, stop = trainer.args, trainer.stop
+    args, stop, status = trainer.args, trainer.stop, 0
     with stop.handlers():
         try:
             train(trainer, evaluator, run_log)
         except TrainingInterrupted:
             trainer.save(final=True)
-            if stop.data_failed:
-                raise RunError(f"{stop.data_error_message()}. Checkpoint saved at step {trainer.step}; fix "
-                               "the data and rerun with --resume") from None
-            print0(f"interrupted at step {trainer.step}, checkpoint saved; rerun with --resume to continue")
-            return 128 + (stop.local_signal or signal.SIGTERM)
+            status = 128 + (stop.local_signal or signal.SIGTERM)
+            if not stop.data_failed:
+                print0(f"interrupted at step {trainer.step}, checkpoint saved; rerun with --resume to "
+                       "continue")
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
@@ -2463,6 +2462,11 @@ def run_training(trainer, evaluator, run_log):
         finally:
             if run_log:
                 run_log.close()
+    if stop.data_failed:  # outside the handlers, so that torchrun's SIGTERM ends the ranks that report later
+        raise RunError(f"{stop.data_error_message()}. Checkpoint saved at step {trainer.step}; fix the data "
+                       "and rerun with --resume")
+    if status:
+        return status
     loss = "" if trainer.val_loss is None else f", validation loss {trainer.val_loss:.4f}"
     print0(f"done: {args.max_steps} steps, {args.max_steps * args.total_batch_size:,} tokens{loss}")
     if args.preset == "smoke" and args.max_steps < 1000:
