@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-# (n_layer, n_embd): size, GPT-2's loss on FineWeb-Edu's val shard, HellaSwag of GPT-2 and GPT-3.
+# (n_layer, n_embd): size, GPT-2's loss on FineWeb-Edu, HellaSwag of GPT-2 and GPT-3, all from build-nanogpt.
 OPENAI_MODELS = {
     (12, 768): ("124M", 3.2924, 0.2945, 0.337),
     (24, 1024): ("350M", None, 0.375224, 0.436),
