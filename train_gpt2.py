@@ -18,8 +18,6 @@ import argparse
 import bisect
 import contextlib
 import ctypes
-import difflib
-import errno
 import functools
 import glob
 import hashlib
@@ -29,7 +27,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -39,7 +36,6 @@ import threading
 import time
 import traceback
 import zipfile
-import zlib
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from typing import NamedTuple
@@ -52,11 +48,12 @@ import torch
 import torch.distributed
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
     import hellaswag
-except ModuleNotFoundError as e:  # optional: without hellaswag.py that evaluation is off
-    hellaswag, hellaswag_import_error = None, e
+except ModuleNotFoundError:  # optional: without hellaswag.py that evaluation is off
+    hellaswag = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARDS_DIR = os.path.join(HERE, "edu_fineweb10B")
@@ -102,13 +99,13 @@ def build_parser(model_class):
     log_dir = "log" if model_class.arch == "gpt2" else f"log_{model_class.arch}"
     add("log_dir", user_path, log_dir, "directory for log, checkpoints and curves")
     add("resume", None, False, "resume from the latest valid checkpoint in --log_dir; start fresh if there "
-        "is none", shown="", action="store_true")
+        "is none", action="store_true")
     add("eval_only", None, False, "evaluate the weights of --init or --resume, print samples, then exit",
-        shown="", action="store_true")
+        action="store_true")
     add("export_hf", user_path, None, "export the weights to this directory in Hugging Face format, then "
-        "exit", shown="", metavar="DIR")
+        "exit", metavar="DIR")
     add("inspect", nonnegative_int, None, "print the shards, offsets and text of this step, then exit",
-        shown="", metavar="STEP")
+        metavar="STEP")
 
     add = parser.add_group("model", "fixed by the checkpoint on --resume")
     add("n_layer", positive_int, 12, "number of transformer blocks")
@@ -294,6 +291,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        if config.n_embd % (config.n_head * (2 if config.pos == "rope" else 1)):
+            raise UserError(f"--n_embd {config.n_embd} is not divisible by --n_head {config.n_head}, or for "
+                            "--pos rope by 2 * n_head")
         self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(config.vocab_size, config.n_embd)))
         if config.pos == "learned":  # attention itself does not depend on the order of the earlier tokens
             self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -527,12 +527,21 @@ class TokenStream:
         return tokens
 
 
+@functools.lru_cache(maxsize=2)  # a step may span two epochs
+def window_permutation(n_windows, seed, epoch):
+    """The order of the windows in an epoch of --shuffle windows, uint32 (n_windows,)."""
+    order = np.arange(n_windows, dtype=np.uint32)
+    # RandomState guarantees the same stream in every numpy version; default_rng does not.
+    np.random.RandomState([seed % 2**32, seed >> 32, epoch]).shuffle(order)
+    return order
+
+
 class DataLoaderLite:
     """Batches of input and target tokens.
 
     Window w is tokens [w*T, w*T + T] of the stream: T inputs and, one token to the right, their targets. It
     may straddle shards. Step s reads the global sequences s*R .. s*R + R-1, where R = sequences_per_step.
-    Sequence g is window permutation(g mod n_windows) of epoch g // n_windows, so each window is read once per
+    Sequence g is window order[g mod n_windows] of epoch g // n_windows, so each window is read once per
     epoch. Within a step, sequence (m*W + k)*B + b belongs to micro-step m, rank k of W and batch index b. So
     a step reads the same tokens for any B and world size.
 
@@ -552,7 +561,6 @@ class DataLoaderLite:
             raise UserError(f"{', '.join(tokens.names[:3])}: a split of {len(tokens):,} tokens is shorter "
                             f"than one window of T + 1 = {T + 1}; use a smaller --T, or more data (the val "
                             "split of a text is its last tenth; --val_tokens 0 turns validation off)")
-        self.permutations = {}
         self.reset()
 
     def reset(self, step=0):
@@ -573,18 +581,8 @@ class DataLoaderLite:
         if self.shuffle == "windows":
             for epoch in np.unique(epochs):
                 mask = epochs == epoch
-                windows[mask] = self.permutation(int(epoch))[windows[mask]]
+                windows[mask] = window_permutation(self.n_windows, self.seed, int(epoch))[windows[mask]]
         return windows
-
-    def permutation(self, epoch):
-        """The permutation of the windows in an epoch. Two are cached: a step may span two epochs."""
-        if epoch not in self.permutations:
-            order = np.arange(self.n_windows, dtype=np.uint32)
-            # RandomState guarantees the same stream in every numpy version; default_rng does not.
-            np.random.RandomState([self.seed % 2**32, self.seed >> 32, epoch]).shuffle(order)
-            self.permutations = {e: p for e, p in self.permutations.items() if e == epoch - 1}
-            self.permutations[epoch] = order
-        return self.permutations[epoch]
 
     def read(self, windows):
         """Inputs and targets (len(windows), T) of these windows. Raises DataError."""
@@ -646,11 +644,13 @@ class Evaluator:
 
     @contextlib.contextmanager
     def evaluation_mode(self):
-        """Context: eval mode, no_grad, autocast, and no cuDNN attention (see sdpa_for_any_shape)."""
+        """Context: eval mode, no_grad, autocast, and no cuDNN attention."""
         was_training = self.model.training
         self.model.eval()
+        # On Hopper, cuDNN attention takes seconds to plan for each new shape.
+        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         try:
-            with torch.no_grad(), autocast(self.args, self.dist.device), sdpa_for_any_shape():
+            with torch.no_grad(), autocast(self.args, self.dist.device), sdpa_kernel(backends):
                 yield
         finally:
             self.model.train(was_training)
@@ -706,7 +706,7 @@ class Evaluator:
         args, device = self.args, self.dist.device
         idx = torch.tensor(self.prompt, device=device).repeat(args.num_samples, 1)
         generator = torch.Generator(device=device).manual_seed(42)
-        n_new = sample_length(args, self.tokenizer) - idx.size(1)
+        n_new = args.sample_length - idx.size(1)
         with self.evaluation_mode():
             new = self.model.generate(idx, n_new, args.temperature, args.top_k, self.tokenizer.n_vocab,
                                       generator)
@@ -953,72 +953,59 @@ class Dist:
 @contextlib.contextmanager
 def init_distributed(device_name):
     """Read torchrun's environment, choose the device and yield a Dist inside a process group."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if rank >= world_size:
-        raise UserError(f"RANK is {rank} but WORLD_SIZE is {world_size}; start with torchrun, or unset both")
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    device = choose_device(device_name, local_rank, local_world_size, world_size)
-    is_cuda = device.type == "cuda"
-    if is_cuda:
+    local_rank, world_size = rank("LOCAL_RANK"), int(os.environ.get("WORLD_SIZE", 1))
+    if rank() >= world_size:
+        raise UserError(f"RANK is {rank()}, WORLD_SIZE is {world_size}; start with torchrun, or unset both")
+    device = choose_device(device_name, local_rank, world_size)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32: tensor cores, 10 mantissa bits instead of 23
     else:
         keep_freed_memory()
     if world_size > 1:
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         try:  # the other ranks wait while rank 0 saves: allow 30 minutes
-            torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(minutes=30),
-                                                 device_id=device if is_cuda else None)
+            torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
         except ValueError as e:  # for example MASTER_ADDR is not set
             raise UserError(f"cannot start {world_size} ranks ({one_line(e)}); start with torchrun, or unset "
                             "WORLD_SIZE") from e
-    dist = Dist(rank, local_rank, world_size, device)
+    dist = Dist(rank(), local_rank, world_size, device)
     dist.all_gather_object()  # if rank 0 fails before all have connected, they print connection errors
     yield dist
     if world_size > 1:  # skipped after an error: the other ranks would print connection errors that hide it
         torch.distributed.destroy_process_group()
 
 
-def choose_device(name, local_rank, local_world_size, world_size):
+def choose_device(name, local_rank, world_size):
     """The torch.device of this rank. Raises UserError."""
-    has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        fallback = "mps" if has_mps and world_size == 1 else "cpu"
+        fallback = "mps" if torch.backends.mps.is_available() and world_size == 1 else "cpu"
         name = "cuda" if torch.cuda.is_available() else fallback
-    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name):
-        raise UserError(f"--device {name}: choose cuda, cuda:0, cuda:1, ..., mps or cpu")
-    if name == "mps" and not has_mps:
-        raise UserError("--device mps: no Apple GPU is available; use --device cpu")
-    if world_size > 1 and name not in ("cuda", "cpu"):
-        raise UserError(f"--device {name}: several ranks need --device cuda or --device cpu")
-    if not name.startswith("cuda"):
-        return torch.device(name)
-    n_gpus, index = torch.cuda.device_count(), int(name.partition(":")[2] or local_rank)
-    if local_world_size > n_gpus > 0:
-        raise UserError(f"{local_world_size} ranks on this machine but {n_gpus} GPUs; use "
-                        f"--nproc_per_node={n_gpus}")
-    if index >= n_gpus:
-        raise UserError(f"--device {name}: {n_gpus} CUDA devices are available; use --device cpu")
-    return torch.device("cuda", index)
+    if not re.fullmatch(r"cuda|cpu" if world_size > 1 else r"cuda(:\d+)?|mps|cpu", name):
+        raise UserError(f"--device {name}: choose cuda or cpu, or for one rank cuda:0, cuda:1, ... or mps")
+    device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: {device} is not available ({one_line(e, 100)}); use --device cpu, "
+                        "or no more ranks than GPUs") from None
+    return device
 
 
 def resolve_dtype(name, device):
     """The dtype of --dtype auto: bfloat16 or float16 on CUDA, float32 elsewhere."""
     if name != "auto" or device.type != "cuda":
         return "float32" if name == "auto" else name
-    if torch.version.hip:  # AMD GPUs have architecture names instead of capabilities
-        arch = torch.cuda.get_device_properties(device).gcnArchName
-        return "float16" if re.match("gfx(8|90[02469c]|10)", arch) else "bfloat16"
     # not torch.cuda.is_bf16_supported(), which counts slow emulation
     return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
 
 
-def check_mps(args, B, device):
+def check_mps(args, B):
     """Raise UserError for settings that torch computes incorrectly on Apple GPUs."""
-    if device.type == "mps" and not args.eval_only and B * args.T >= 32767:
+    if not args.eval_only and B * args.T >= 32767:
         raise UserError(f"--B {B} --T {args.T}: sums of 32,767 or more terms are wrong on M1 and M2 GPUs "
                         "(pytorch#195163); use a smaller --B or --T")
-    if device.type == "mps" and args.dtype != "float32" and torch.__version__ < (2, 13):
+    if args.dtype != "float32" and torch.__version__ < (2, 13):
         raise UserError(f"--dtype {args.dtype}: attention on mps leaks later tokens before torch 2.13 "
                         "(pytorch#195910); use --dtype float32 or a newer torch")
 
@@ -1026,21 +1013,13 @@ def check_mps(args, B, device):
 def apply_head(head, x):
     """head(x) for the output head, an nn.Linear (C -> V); on MPS in slices of the vocabulary.
 
-    Its backward pass sums over the vocabulary, and sums of 32,767 or more terms are wrong on M1 and M2 GPUs
-    (pytorch#195163).
+    Its backward pass sums over the vocabulary: see check_mps.
     """
     if x.device.type != "mps":
         return head(x)
     weights = head.weight.split(16384)
     biases = [None] * len(weights) if head.bias is None else head.bias.split(16384)
     return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
-
-
-def sdpa_for_any_shape():
-    """Context: disable cuDNN attention, which on Hopper takes seconds to plan for each new shape."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def keep_freed_memory():
@@ -1232,12 +1211,6 @@ def atomic_write(path):
         with contextlib.suppress(OSError):
             os.remove(tmp)
         raise
-    with contextlib.suppress(OSError):  # Windows and some file systems cannot sync a directory
-        fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def link_or_copy(source, path):
@@ -1267,11 +1240,10 @@ def save_checkpoint(state, log_dir, permanent, final):
         print0(f"saved {last}: step {step}, {os.path.getsize(last) / 1e6:,.0f} MB in "
                f"{time.perf_counter() - t0:.2f} s")
     except (OSError, RuntimeError, MemoryError) as e:
-        message = f"could not save the checkpoint of step {step} ({one_line(e)})"
+        message = f"could not save the checkpoint of step {step} ({one_line(e)}); the previous one is intact"
         if final:
-            raise RunError(f"{message}; the previous one in {log_dir} is intact. Free some disk space, then "
-                           "rerun with --resume") from None
-        warn(f"{message}; the previous one is intact, training continues")
+            raise RunError(f"{message}. Free some disk space, then rerun with --resume") from None
+        warn(f"{message}, training continues")
 
 
 class PickledConfig:
@@ -1289,9 +1261,8 @@ def load_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             # The CRC does not cover external attributes; torch reads entries with the directory bit as empty.
             odd = (info.filename for info in archive.infolist() if info.external_attr)
-            damaged = archive.testzip() or next(odd, None)
-        if damaged:
-            raise ValueError(f"damaged in {damaged}")
+            if damaged := archive.testzip() or next(odd, None):
+                raise ValueError(f"damaged in {damaged}")
         with torch.serialization.safe_globals(allowed):
             load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
             try:
@@ -1303,12 +1274,7 @@ def load_checkpoint(path):
         ckpt["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): value
                          for name, value in ckpt["model"].items()}
         return ckpt
-    except FileNotFoundError:
-        raise UserError(f"no such checkpoint: {path}") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} contains more than plain data; not loaded") from None
-    except (OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
-            zipfile.BadZipFile, zlib.error) as e:
+    except Exception as e:  # damaged files cause many kinds of errors
         raise UserError(f"{path} is not a valid checkpoint ({one_line(e)})") from None
 
 
@@ -1345,24 +1311,19 @@ def find_latest_checkpoint(log_dir):
     return None
 
 
-def shards_identity(names_and_counts):
-    """String that identifies the training data by the names and token counts of its shards."""
-    pairs = [list(pair) for pair in names_and_counts]
+def data_identity(data):
+    """String that identifies the training data, independent of its path.
+
+    data: dict(shards=[(name, tokens), ...]), or for a text dict(shards=None, kind=sha256, tokens=number).
+    Checkpoints of earlier versions hold such a dict instead of the string, which is returned as it is.
+    """
+    if isinstance(data, str):
+        return data
+    if not data["shards"]:
+        return f"text, {data['tokens']:,} tokens, {data['kind'].removeprefix('text ')[:12]}"
+    pairs = [list(pair) for pair in data["shards"]]
     digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
     return f"{len(pairs)} shards, {sum(count for _, count in pairs):,} tokens, {digest[:12]}"
-
-
-def text_identity(sha256, n_tokens):
-    return f"text, {n_tokens:,} tokens, {sha256[:12]}"
-
-
-def data_identity(saved):
-    """The identity of the data in a checkpoint; earlier versions stored a dict."""
-    if isinstance(saved, str):
-        return saved
-    if saved["shards"]:
-        return shards_identity(saved["shards"])
-    return text_identity(saved["kind"].removeprefix("text "), saved["tokens"])
 
 
 def is_finished(ckpt, args):
@@ -1370,46 +1331,39 @@ def is_finished(ckpt, args):
 
     Raises UserError if max_steps is below its step.
     """
-    step, path, val_loss = ckpt["step"], ckpt["path"], ckpt["val_loss"]
+    step, val_loss = ckpt["step"], ckpt["val_loss"]
     if args.max_steps < step:
-        raise UserError(f"--max_steps {args.max_steps} is below step {step} of {path}")
-    # older checkpoints do not have the key
-    finished = ckpt.get("finished", step == ckpt["flags"]["max_steps"] and val_loss is not None)
-    if not finished or step < args.max_steps:
+        raise UserError(f"--max_steps {args.max_steps} is below step {step} of {ckpt['path']}")
+    # checkpoints of earlier versions have no "finished"
+    if args.max_steps > step or not ckpt.get("finished", val_loss is not None):
         return False
-    last, kept = (os.path.join(args.log_dir, name) for name in ("last.pt", f"model_{step:05d}.pt"))
-    # A missing name: the run was killed before the link, or last.pt is damaged.
-    if rank() == 0 and not (path == last and os.path.exists(kept)):
-        try:
-            link_or_copy(path, kept if path == last else last)
-        except OSError as e:
-            warn(f"could not restore a missing checkpoint name ({one_line(e)})")
+    for name in ("last.pt", f"model_{step:05d}.pt"):  # one is missing if the run was killed before the link
+        path = os.path.join(args.log_dir, name)
+        if rank() == 0 and not os.path.exists(path):
+            link_or_copy(ckpt["path"], path)
     loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
     print0(f"the run in {args.log_dir} is finished: {step} steps{loss}; to train longer, pass a larger "
            "--max_steps")
     return True
 
 
+# -----------------------------------------------------------------------------
+# Weights from and to Hugging Face
+
+
 def load_weights(name):
     """Load a checkpoint by path, or Hugging Face weights by name or directory, as a dict with config,
     model, tokenizer and flags. Raises UserError."""
     if name not in GPT2_SIZES and not os.path.isfile(os.path.join(name, "model.safetensors")):
-        if os.path.isdir(name):
-            last = os.path.join(name, "last.pt")
-            hint = f"use --init {last}" if os.path.isfile(last) else "and holds no last.pt"
-            raise UserError(f"--init {name} is a directory; {hint}")
         ckpt = load_checkpoint(name)
         ckpt.pop("optimizer", None)  # free the memory
         return ckpt
-    transformers = import_optional("transformers", f"--init {name}")
+    import transformers
+
     try:
-        return hf_to_checkpoint(transformers.GPT2LMHeadModel.from_pretrained(name))
+        hf = transformers.GPT2LMHeadModel.from_pretrained(name)
     except (OSError, ValueError) as e:
         raise UserError(f"could not load {name} from Hugging Face ({one_line(e)})") from e
-
-
-def hf_to_checkpoint(hf):
-    """Convert a transformers.GPT2LMHeadModel to a checkpoint dict without flags."""
     c = hf.config
     config = dict(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
                   n_embd=c.n_embd)
@@ -1430,7 +1384,8 @@ def export_hf(model, directory):
     if model.arch != "gpt2" or (c.pos, c.mlp, c.norm) != ("learned", "gelu", "layernorm"):
         raise UserError("--export_hf needs the GPT-2 architecture: train_gpt2.py with --pos learned --mlp "
                         "gelu --norm layernorm")
-    transformers = import_optional("transformers", "--export_hf")
+    import transformers
+
     vocab_size = min(c.vocab_size, 50257)
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
@@ -1439,11 +1394,8 @@ def export_hf(model, directory):
     for name in ("transformer.wte.weight", "lm_head.weight"):
         state[name] = state[name][:vocab_size]
     hf.load_state_dict(state)
-    try:
-        os.makedirs(directory, exist_ok=True)
-        hf.save_pretrained(directory)
-    except OSError as e:
-        raise UserError(f"could not write --export_hf {directory} ({one_line(e)})") from None
+    os.makedirs(directory, exist_ok=True)
+    hf.save_pretrained(directory)
     print0(f"wrote {directory}; load it with GPT2LMHeadModel.from_pretrained({directory!r})")
 
 
@@ -1484,11 +1436,8 @@ class FlagParser(argparse.ArgumentParser):
     """argparse without abbreviations that raises UserError. group_of: {flag: title of its group}."""
 
     def __init__(self, description, overrides, unsupported):
-        def formatter(prog):
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100)
-
         super().__init__(description=description, usage="%(prog)s [--flag value ...]", allow_abbrev=False,
-                         formatter_class=formatter)
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
         self.overrides, self.unsupported, self.group_of = overrides, unsupported, {}
 
     def add_group(self, title, description):
@@ -1502,7 +1451,7 @@ class FlagParser(argparse.ArgumentParser):
             if name in self.overrides:
                 default, shown = self.overrides[name], None
             shown = default if shown is None else shown
-            options["help"] = f"{help} (default: {shown})" if shown != "" else help
+            options["help"] = help if shown in (None, False) else f"{help} (default: {shown})"
             if type is not None:
                 options["type"] = type
             group.add_argument(f"--{name}", default=default, **options)
@@ -1510,10 +1459,7 @@ class FlagParser(argparse.ArgumentParser):
         return add
 
     def error(self, message):
-        unknown = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
-        close = difflib.get_close_matches(unknown, [f"--{name}" for name in self.group_of], 1, 0.7)
-        hint = f"; did you mean {close[0]}?" if close and close[0] != unknown else ""
-        raise UserError(f"{message}{hint} (see --help)")
+        raise UserError(f"{message} (see --help)")
 
 
 def parse_cli(parser, argv):
@@ -1525,9 +1471,6 @@ def parse_cli(parser, argv):
 
 # -----------------------------------------------------------------------------
 # Tokenizer, text files and directories of shards
-
-OFFLINE_FIX = ("on a machine with a network, run `TIKTOKEN_CACHE_DIR=bpe python -c \"import tiktoken; "
-               "tiktoken.get_encoding('gpt2')\"`, copy the directory here and set TIKTOKEN_CACHE_DIR to it")
 
 
 class Tokenizer:
@@ -1547,14 +1490,10 @@ class Tokenizer:
 
     def encode(self, text):
         """Token ids of a text, uint16 (n,). <|endoftext|> in it is ordinary text."""
-        if not self.bpe:
-            ids = text.encode("utf-8", "replace").translate(self.id_of_byte)
-            return np.frombuffer(ids, np.uint8).astype(np.uint16)
-        try:
+        if self.bpe:
             return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
-        except ValueError as e:  # tiktoken's regex fails on about a million consecutive spaces
-            raise UserError(f"cannot tokenize the text that starts with {text[:40]!r} ({one_line(e, 100)}); "
-                            "shorten its longest run of spaces") from e
+        ids = text.encode("utf-8", "replace").translate(self.id_of_byte)
+        return np.frombuffer(ids, np.uint8).astype(np.uint16)
 
     def decode(self, ids):
         """Text of token ids; U+FFFD for incomplete characters and unknown ids."""
@@ -1567,31 +1506,30 @@ def get_tokenizer(name="gpt2"):
     """Load a Tokenizer by name, "gpt2" or "bytes". Raises UserError."""
     if name == "bytes":
         return Tokenizer()
+    import requests
+    import tiktoken.load
+
+    def read_file(url):  # tiktoken's own download has no timeout
+        response = requests.get(url, timeout=10)
+        response.raise_for_status()
+        return response.content
+
+    tiktoken.load.read_file = read_file
     try:
-        import requests
-        import tiktoken.load
-
-        def read_file(url):  # tiktoken's own download has no timeout
-            response = requests.get(url, timeout=10)
-            response.raise_for_status()
-            return response.content
-
-        tiktoken.load.read_file = read_file
         return Tokenizer(tiktoken.get_encoding("gpt2"))
-    except ImportError as e:
-        raise UserError(f"{e}; pip install tiktoken requests") from e
     except Exception as e:  # network, proxy or cache directory
-        raise UserError(f"could not download the GPT-2 vocabulary ({one_line(e, 100)}); {OFFLINE_FIX}") from e
+        raise UserError(f"could not download the GPT-2 vocabulary ({one_line(e, 100)}); copy tiktoken's "
+                        "cache directory from a machine that has it and set TIKTOKEN_CACHE_DIR") from e
 
 
-def load_tokenizer(name, dist, has_shards, is_needed):
-    """Load the same Tokenizer on all ranks; rank 0 decides which. None if none is needed. Collective.
+def load_tokenizer(name, dist, has_shards):
+    """Load the same Tokenizer on all ranks; rank 0 decides which. Collective.
 
     If the GPT-2 vocabulary is unavailable, a new run on a text (name None) uses byte tokens, and a run on
-    shards has no samples and no HellaSwag. Both print a warning; other runs raise UserError.
+    shards has no samples and no HellaSwag (None). Both print a warning; other runs raise UserError.
     """
     tokenizer = None
-    if dist.master_process and is_needed:
+    if dist.master_process:
         try:
             tokenizer = get_tokenizer(name or "gpt2")
         except UserError as e:
@@ -1606,21 +1544,15 @@ def load_tokenizer(name, dist, has_shards, is_needed):
 
 def read_text(path):
     """Read a UTF-8 text file. Raises UserError, also for data formats that are not plain text."""
-    stem, suffix = os.path.splitext(path)
-    split = split_of(os.path.basename(path)) or "train"
-    if suffix.lower() in (".npy", ".bin"):
+    if path.lower().endswith((".npy", ".bin")):
         raise UserError(f"--data {path}: use the directory of the shards, with 'train' and 'val' in their "
-                        f"names. The files of nanoGPT have no header; convert them with np.save("
-                        f"{f'{stem}_{split}_000001.npy'!r}, np.fromfile({path!r}, np.uint16))")
-    if suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst",
-                          ".xz", ".bz2", ".npz", ".pt", ".safetensors", ".pkl"):
-        raise UserError(f"--data {path} is a {suffix} file, not plain text; tokenize documents (.txt, "
-                        f".jsonl, .parquet) with `python fineweb.py --files {path} --out DIR`")
+                        "names")
+    if path.lower().endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".zip", ".zst", ".npz")):
+        raise UserError(f"--data {path} is not plain text; tokenize documents (.txt, .jsonl, .parquet) with "
+                        f"`python fineweb.py --files {path} --out DIR`")
     try:
         with open(path, encoding="utf-8-sig") as f:  # without a byte order mark
             return f.read()
-    except OSError as e:
-        raise UserError(f"cannot read --data {path} ({one_line(e)})") from e
     except UnicodeDecodeError as e:
         raise UserError(f"--data {path} is not UTF-8 text (byte {e.start:,}); convert it to UTF-8") from e
 
@@ -1637,27 +1569,55 @@ def open_shard(path):
     try:
         if path.endswith(".npy"):
             array = np.load(path, mmap_mode="r")
-            if array.dtype != np.dtype("<u2") or array.ndim != 1:
-                raise UserError(f"{path} holds {array.dtype} {array.shape}, not uint16 (tokens,); save it "
-                                "with np.save(path, tokens.astype(np.uint16).reshape(-1))")
             count, offset = array.size, array.offset
+            if array.dtype != np.dtype("<u2") or array.ndim != 1:
+                raise ValueError(f"{array.dtype} {array.shape}, not uint16 (tokens,)")
         else:
             magic, version, count = (int(n) for n in np.fromfile(path, "<i4", 3))
+            offset = 1024
             if (magic, version) != (20240520, 1):
                 raise ValueError("no llm.c header")
-            offset = 1024
         size = os.path.getsize(path)
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({one_line(e)})") from e
-    except UserError:
-        raise
+        if count <= 0 or size != offset + 2 * count:
+            raise ValueError(f"{size:,} bytes, but its header declares {count:,} tokens")
     except Exception as e:  # np.load raises many kinds of errors for damaged files
-        raise UserError(f"{path} is not a file of tokens, or is damaged ({one_line(e)}); make or download it "
+        raise UserError(f"{path} is not a token shard, or is damaged ({one_line(e)}); make or download it "
                         "again, or move it out of this directory") from e
-    if count <= 0 or size != offset + 2 * count:
-        raise UserError(f"{path} is damaged: {size:,} bytes, but its header declares {count:,} tokens; make "
-                        "or download it again")
     return Shard(os.path.basename(path), count, path, offset)
+
+
+def open_shards(path):
+    """(train, val) TokenStreams of the shards in a directory, sorted by name. Raises UserError.
+
+    If fineweb.py wrote a manifest.json there, the shards must be the listed ones.
+    """
+    if not os.path.isdir(path):
+        fix = "run `python fineweb.py`, or use --data" if path == SHARDS_DIR else "check --data"
+        raise UserError(f"no such file or directory: {path}; {fix}")
+    names = sorted(os.listdir(path))
+    shards = {split: [n for n in names if split_of(n) == split] for split in ("train", "val")}
+    for split, found in shards.items():
+        if not found:
+            raise UserError(f"no {split} shards in {path}: needs a .npy or .bin file with '{split}' in its "
+                            f"name. To tokenize text files: `python fineweb.py --files '{path}/*' --out DIR`")
+    if len({name[-4:] for found in shards.values() for name in found}) > 1:
+        raise UserError(f"{path} holds two data sets, .npy and .bin files; keep one of them")
+    train, val = (TokenStream([open_shard(os.path.join(path, n)) for n in found])
+                  for found in shards.values())
+    if "manifest.json" in names:
+        try:
+            with open(os.path.join(path, "manifest.json"), encoding="utf-8") as f:
+                manifest = json.load(f)
+            listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
+            is_complete = manifest.get("complete", True)
+        except Exception as e:
+            raise UserError(f"{path}/manifest.json was not written by fineweb.py ({one_line(e)})") from e
+        differing = listed.items() ^ {(shard.name, shard.count) for shard in train.shards + val.shards}
+        if differing or not is_complete:
+            raise UserError(f"{path} is incomplete or differs from its manifest.json (differing: "
+                            f"{sorted(dict(differing))[:3]}); rerun the command that made it, or check it "
+                            f"with `python fineweb.py --verify --out {path}`")
+    return train, val
 
 
 class Data(NamedTuple):
@@ -1685,84 +1645,38 @@ def load_data(args, is_explicit, ckpt, dist):
         text = read_text(path)
     else:
         train, val = open_shards(path)
-        data = Data(train, val, shards_identity(zip(train.names, train.counts, strict=True)))
+        pairs = list(zip(train.names, train.counts, strict=True))
+        data = Data(train, val, data_identity({"shards": pairs}))
     name = ckpt.get("tokenizer", "gpt2") if ckpt else None
     if data and name == "bytes":
         raise UserError(f"the checkpoint was trained on byte tokens, but {path} holds GPT-2 tokens; use "
                         "--data with its text file")
-    decodes = args.num_samples or args.hellaswag or args.inspect is not None
-    tokenizer = load_tokenizer(name, dist, data is not None, is_needed=text is not None or decodes)
+    tokenizer = None
+    if text is not None or args.num_samples or args.hellaswag or args.inspect is not None:
+        tokenizer = load_tokenizer(name, dist, data is not None)
     if text is not None:
         tokens = tokenizer.encode(text)
         n = int(0.9 * len(tokens))  # the first 90% are train, the rest val
         streams = (TokenStream([Shard(os.path.basename(path), len(part), array=part)])
                    for part in (tokens[:n], tokens[n:]))
-        data = Data(*streams, text_identity(hashlib.sha256(text.encode()).hexdigest(), n))
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        data = Data(*streams, data_identity({"shards": None, "kind": sha256, "tokens": n}))
     return data, tokenizer
-
-
-def open_shards(path):
-    """(train, val) TokenStreams of the shards in a directory, sorted by name. Raises UserError."""
-    try:
-        names = sorted(os.listdir(path))
-    except FileNotFoundError:
-        fix = "run `python fineweb.py`, or use --data" if path == SHARDS_DIR else "check --data"
-        raise UserError(f"no such file or directory: {path}; {fix}") from None
-    except OSError as e:
-        raise UserError(f"cannot read --data {path} ({one_line(e)})") from e
-    shards = {split: [name for name in names if split_of(name) == split] for split in ("train", "val")}
-    for split, found in shards.items():
-        if not found:
-            raise UserError(f"no {split} shards in {path}: needs a .npy or .bin file with '{split}' in its "
-                            f"name. To tokenize text files: `python fineweb.py --files '{path}/*' --out DIR`")
-    formats = {name[-4:]: name for name in shards["train"] + shards["val"]}
-    if len(formats) > 1:
-        raise UserError(f"{path} holds two data sets, {' and '.join(formats.values())}; keep the .npy or the "
-                        ".bin files")
-    streams = [TokenStream([open_shard(os.path.join(path, name)) for name in shards[split]])
-               for split in ("train", "val")]
-    check_manifest(path, {shard.name: shard.count for stream in streams for shard in stream.shards})
-    return streams
-
-
-def check_manifest(path, counts):
-    """Raise UserError if shards {name: tokens} differ from fineweb.py's manifest.json, if there is one."""
-    try:
-        with open(os.path.join(path, "manifest.json"), encoding="utf-8") as f:
-            manifest = json.load(f)
-        listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
-        is_complete = manifest.get("complete", True)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"manifest.json in {path} was not written by fineweb.py ({one_line(e)})") from e
-    if listed != counts or not is_complete:
-        differing = sorted(dict(listed.items() ^ counts.items()))
-        raise UserError(f"{path} is incomplete or differs from its manifest.json (differing: "
-                        f"{differing[:3]}); rerun the command that made it, or check it with `python "
-                        f"fineweb.py --verify --out {path}`")
 
 
 def encode_prompt(args, tokenizer):
     """Token ids of --prompt (- = stdin); [] if samples are off. Raises UserError."""
     if not args.num_samples or tokenizer is None:
         return []
-    prompt = args.prompt
-    if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if sys.stdin else ""
-    ids = tokenizer.encode(prompt).tolist()
-    limits = dict(block_size=args.block_size, sample_length=sample_length(args, tokenizer) - 1)
-    for name, limit in limits.items():
-        if not 0 < len(ids) <= limit:
-            raise UserError(f"--prompt has {len(ids)} tokens; --{name} allows 1 to {limit}")
+    prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if args.prompt == "-" else args.prompt
+    ids, limit = tokenizer.encode(prompt).tolist(), min(args.block_size, args.sample_length - 1)
+    if not 0 < len(ids) <= limit:
+        raise UserError(f"--prompt has {len(ids)} tokens; --block_size {args.block_size} and --sample_length "
+                        f"{args.sample_length} allow 1 to {limit}")
     if max(ids) >= args.vocab_size:
         warn(f"no samples: the prompt has token {max(ids)}, outside --vocab_size {args.vocab_size}")
         return []
     return ids
-
-
-def sample_length(args, tokenizer):
-    return args.sample_length or (128 if tokenizer.name == "bytes" else 32)
 
 
 # -----------------------------------------------------------------------------
@@ -1778,31 +1692,24 @@ def lock_log_dir(log_dir):
         lock.acquire(timeout=2.0)  # a run that was just killed may still be exiting
     except Timeout:
         raise UserError(f"another run is writing to {log_dir}; use another --log_dir, or wait") from None
-    except (NotImplementedError, OSError) as e:
-        if getattr(e, "errno", None) not in (None, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise UserError(f"cannot write to --log_dir {log_dir} ({one_line(e)})") from None
-        warn(f"{log_dir} has no file locks ({one_line(e)}); make sure that no other run writes to it")
+    except (NotImplementedError, OSError) as e:  # storage without locks
+        warn(f"cannot lock {log_dir} ({one_line(e)}); make sure that no other run writes to it")
     return lock
 
 
 def open_log_dir(args):
     """Create and lock the run directory; a fresh run renames an older one to log_dir.N. Raises UserError."""
     path = os.path.realpath(args.log_dir)  # rename the target of a symbolic link, not the link
-    marks = ("log.txt", "config.json", "last.pt", "model_*.pt")
-    try:
-        if not args.resume and any(glob.glob(os.path.join(glob.escape(path), mark)) for mark in marks):
-            lock_log_dir(path).release()
-            if path == os.getcwd():
-                raise OSError(errno.EBUSY, "current directory")
-            n = next(n for n in itertools.count(1) if not os.path.exists(f"{path}.{n}"))
-            os.rename(path, f"{path}.{n}")
-            print0(f"renamed the older run in {args.log_dir} to {os.path.relpath(path)}.{n}")
-        os.makedirs(path, exist_ok=True)
-    except OSError as e:
-        fix = ""
-        if e.errno == errno.EBUSY:  # also a mount point
-            fix = f"; use --resume, or another directory: --log_dir {os.path.join(args.log_dir, 'run2')}"
-        raise UserError(f"cannot write to --log_dir {args.log_dir} ({one_line(e)}){fix}") from None
+    marks = ("log.txt", "config.json", "last.pt")
+    if not args.resume and any(os.path.exists(os.path.join(path, mark)) for mark in marks):
+        lock_log_dir(path).release()
+        if path == os.getcwd():
+            raise UserError(f"--log_dir {args.log_dir} is the current directory and holds a run; use "
+                            "--resume, or another --log_dir")
+        n = next(n for n in itertools.count(1) if not os.path.exists(f"{path}.{n}"))
+        os.rename(path, f"{path}.{n}")
+        print0(f"renamed the older run in {args.log_dir} to {os.path.relpath(path)}.{n}")
+    os.makedirs(path, exist_ok=True)
     return lock_log_dir(path)
 
 
@@ -1841,38 +1748,29 @@ class StepFile:
 
 
 class RunLog:
-    """Output of rank 0: console, log.txt, samples.txt, config.json, curves.png, Weights & Biases.
+    """Output of rank 0: console, log.txt, samples.txt, config.json, curves.png, Weights & Biases."""
 
-    settings: written to config.json. peak_flops: sum over the ranks, None if unknown.
-    """
-
-    def __init__(self, args, settings, from_step, flops_per_step, peak_flops):
-        self.args, self.flops_per_step, self.peak_flops = args, flops_per_step, peak_flops
+    def __init__(self, trainer, settings):
+        """settings: written to config.json, next to the trainer's run_metadata."""
+        self.args = args = trainer.args
+        self.flops_per_step = trainer.raw_model.flops_per_token(args.T) * args.total_batch_size
+        self.peak_flops = peak_flops(trainer.dist, args.dtype)
         self.n_timed, self.seconds = -3, 0.0  # the first steps are slower: compile, warm-up
-        config_file = os.path.join(args.log_dir, "config.json")
-        settings["wandb_id"] = os.urandom(4).hex()
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            with open(config_file, encoding="utf-8") as f:
-                settings["wandb_id"] = json.load(f)["wandb_id"]  # the same W&B run on resume
-        try:
-            evaluates = is_evaluated(from_step, args)
-            self.log_file = StepFile(os.path.join(args.log_dir, "log.txt"), from_step, evaluates)
-            self.samples_file = StepFile(os.path.join(args.log_dir, "samples.txt"), from_step, evaluates)
-            with atomic_write(config_file) as f:
-                f.write(json.dumps(settings, indent=1).encode())
-        except OSError as e:
-            raise RunError(f"cannot write to {args.log_dir} ({one_line(e)}); its checkpoints are "
-                           "intact") from None
+        files = (os.path.join(args.log_dir, name) for name in ("log.txt", "samples.txt"))
+        self.log_file, self.samples_file = (
+            StepFile(path, trainer.step, is_evaluated(trainer.step, args)) for path in files)
+        settings |= trainer.run_metadata
+        settings["model"] = settings.pop("config")
+        with atomic_write(os.path.join(args.log_dir, "config.json")) as f:
+            f.write(json.dumps(settings, indent=1).encode())
         self.plot_script, self.plot_process = os.path.join(HERE, "plot.py"), None
         self.can_draw = os.path.isfile(self.plot_script) and bool(importlib.util.find_spec("matplotlib"))
         self.wandb = None
         if args.wandb:
-            try:
-                self.wandb = importlib.import_module("wandb").init(
-                    project=args.wandb, dir=args.log_dir, config=settings, id=settings["wandb_id"],
-                    resume="allow")
-            except Exception as e:  # no login or no network; wandb has its own exceptions
-                raise RunError(f"--wandb {args.wandb}: {one_line(e)}") from None
+            import wandb
+
+            self.wandb = wandb.init(project=args.wandb, dir=args.log_dir, config=settings,
+                                    id=settings["wandb_id"], resume="allow")
 
     def log(self, step, **values):
         """Write train, val, hella and norm to log.txt, and everything to W&B."""
@@ -1901,40 +1799,27 @@ class RunLog:
         for i, text in enumerate(texts):
             print0(f"rank 0 sample {i}: {text}")
             self.samples_file.write(f"{step} sample {i}: {json.dumps(text, ensure_ascii=False)}\n")
-            if self.wandb:
-                self.wandb.log({f"sample {i}": text}, step=step)
 
-    def draw_curves(self):
-        """Redraw curves.png in a background process, unless the last one is still running."""
-        if self.plot_process and self.plot_process.poll() is None:
-            return
-        self.wait_for_plot()
+    def draw_curves(self, timeout=0.0):
+        """Redraw curves.png in a background process, unless the last one is still running after `timeout`."""
+        if self.plot_process:
+            try:
+                self.can_draw = self.plot_process.wait(timeout) == 0  # it prints its error
+            except subprocess.TimeoutExpired:
+                return
         if self.can_draw:
             with contextlib.suppress(OSError):  # no memory for another process: try again next time
                 self.plot_process = subprocess.Popen(
                     [sys.executable, self.plot_script, self.args.log_dir], stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE, text=True, start_new_session=True)  # Ctrl-C must not reach it
-
-    def wait_for_plot(self):
-        """Wait for the background process and report its error."""
-        if not self.plot_process:
-            return
-        try:
-            stderr = self.plot_process.communicate(timeout=60)[1]
-        except subprocess.TimeoutExpired:
-            self.plot_process.kill()
-            stderr = self.plot_process.communicate()[1] + "timeout after 60 s"
-        if self.plot_process.returncode:
-            self.can_draw = False
-            warn(f"curves.png is no longer drawn: {(stderr.strip().splitlines() or ['?'])[-1]}")
-        self.plot_process = None
+                    start_new_session=True)  # Ctrl-C must not reach it
 
     def close(self):
         self.log_file.close()
         self.samples_file.close()
-        self.wait_for_plot()
-        self.draw_curves()
-        self.wait_for_plot()
+        self.draw_curves(timeout=60)
+        if self.plot_process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.plot_process.wait(60)
         if self.wandb:
             self.wandb.finish()
 
@@ -1946,12 +1831,13 @@ PEAK_TFLOPS = {"B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 N
                "RTX 3090(?! Ti)": 71, "V100": 125, "T4": 65}
 
 
-def peak_flops(device, dtype):
-    """Dense peak FLOP/s of a CUDA device in a 16-bit dtype; None if unknown."""
-    if device.type != "cuda" or dtype == "float32":
+def peak_flops(dist, dtype):
+    """Dense peak FLOP/s of all ranks' CUDA devices in a 16-bit dtype; None if unknown."""
+    if dist.device.type != "cuda" or dtype == "float32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for card, peak in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b", name)), None)
+    name = torch.cuda.get_device_name(dist.device)
+    found = (peak for card, peak in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b", name))
+    return next((1e12 * peak * dist.world_size for peak in found), None)
 
 
 # -----------------------------------------------------------------------------
@@ -1972,6 +1858,12 @@ class DataError(UserError):
 
 class RunError(Exception):
     """The environment failed (disk, network) or training diverged; exit status 1."""
+
+
+# Errors of Python whose message needs no further explanation. The first ones are mistakes of the user.
+USER_ERRORS = (UserError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
+               PermissionError, ModuleNotFoundError)
+EXPECTED_ERRORS = (*USER_ERRORS, RunError, OSError)
 
 
 def rank(name="RANK"):
@@ -1996,19 +1888,10 @@ def one_line(error, length=200):
     return f"{type(error).__name__}: {message}"[:length].removesuffix(": ")
 
 
-def import_optional(name, needed_by):
-    """Import a package that is not in requirements.txt. Raises UserError."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{needed_by} needs {name}; pip install {name}") from None
-
-
 def is_out_of_memory(error):
     """Whether Python, torch or the GPU driver ran out of memory."""
-    pattern = "out of memory|(allocate|enough) memory|size calculation overflow|ALLOC_FAILED|MemoryAllocation"
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and bool(re.search(pattern, str(error))))
+    pattern = "MemoryError|out of memory|(allocate|enough) memory|size calculation|ALLOC_FAILED|MemoryAlloc"
+    return isinstance(error, (MemoryError, RuntimeError)) and bool(re.search(pattern, one_line(error)))
 
 
 def run_script(script, main):
@@ -2022,13 +1905,13 @@ def run_script(script, main):
         status = 128 + signal.SIGINT
     except Exception as e:
         report_error(script, e)
-        status = 2 if isinstance(e, UserError) or is_out_of_memory(e) else 1
+        status = 2 if isinstance(e, USER_ERRORS) or is_out_of_memory(e) else 1
     exit_process(status)
 
 
 def report_error(script, error):
     """Print one line for an expected error, a traceback for a bug."""
-    is_expected = isinstance(error, (UserError, RunError))
+    is_expected = isinstance(error, EXPECTED_ERRORS)
     lost_peer = not is_expected and re.search("onnection (closed|reset) by peer", str(error))
     if rank() > 0 or lost_peer:  # the rank at fault reports first, then torchrun ends this process
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -2039,8 +1922,10 @@ def report_error(script, error):
     prefix = f"rank {rank()}: " if rank() else ""
     if is_out_of_memory(error):
         message = f"out of memory ({one_line(error)}); use a smaller --B, --T or model"
-    elif is_expected:  # table lines start with two spaces; other line breaks come from file names
-        message = re.sub(r"[\r\n]+(?!  )", r"\\n", str(error))
+    elif isinstance(error, ModuleNotFoundError):
+        message = f"{error}; pip install {error.name}"
+    elif is_expected:
+        message = str(error)
     else:
         script, message = "", "".join(traceback.format_exception(error))
     with contextlib.suppress(OSError, ValueError):
@@ -2076,62 +1961,60 @@ def choose_preset(cli_args, dist):
     return "smoke", f"no shards in {SHARDS_DIR}"
 
 
-def resolve_config(cli_args, defaults, group_of, model_class, dist, resume_ckpt, init_ckpt):
-    """Resolve all flags: explicit flags override the checkpoint, which overrides the preset."""
+def resolve_config(cli_args, defaults, group_of, model_class, dist, ckpt, is_resume):
+    """Resolve all flags: explicit flags override those of the checkpoint, which override the preset."""
     preset, reason = cli_args.get("preset", "auto"), "--preset"
-    if resume_ckpt:
-        preset = resume_ckpt["flags"]["preset"]
-        config = resume_flags(cli_args, defaults, group_of, model_class, resume_ckpt)
-    else:
-        if preset == "auto":
-            preset, reason = choose_preset(cli_args, dist)
-        if not cli_args.keys() & {"eval_only", "export_hf"}:
-            print0(f"preset {preset} ({reason})")
-        config = defaults | model_class.presets[preset]
-    if init_ckpt:
-        config |= init_flags(cli_args, defaults, group_of, init_ckpt)
+    if is_resume:
+        preset = ckpt["flags"]["preset"]
+    elif preset == "auto":
+        preset, reason = choose_preset(cli_args, dist)
+    if not is_resume and not cli_args.keys() & {"eval_only", "export_hf"}:
+        print0(f"preset {preset} ({reason})")
+    config = defaults | model_class.presets.get(preset, {})
+    if ckpt:
+        config |= checkpoint_flags(cli_args, defaults, group_of, model_class, ckpt, is_resume)
     args = argparse.Namespace(**config | cli_args | {"preset": preset})
-    if args.dtype == "auto" and resume_ckpt:
-        args.dtype = resume_ckpt["flags"]["dtype"]
+    if args.dtype == "auto" and is_resume:
+        args.dtype = ckpt["flags"]["dtype"]
     args.dtype = resolve_dtype(args.dtype, dist.device)
-    if args.min_lr is None:
-        args.min_lr = args.max_lr / 10
-    if args.val_tokens is None:
-        args.val_tokens = 65536 if dist.device.type == "cpu" else 10485760
-    if args.hellaswag is None:
-        args.hellaswag = 0 if dist.device.type == "cpu" else 10042
+    is_cpu = dist.device.type == "cpu"
+    for name, value in dict(min_lr=args.max_lr / 10, val_tokens=65536 if is_cpu else 10485760,
+                            hellaswag=0 if is_cpu else 10042, data=SHARDS_DIR).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if "T" not in cli_args:
         args.T = min(args.T, args.block_size)
-    args.data = os.path.abspath(args.data or SHARDS_DIR)
-    check_config(args)
+    args.data = os.path.abspath(args.data)
+    if args.min_lr > args.max_lr:
+        raise UserError(f"--min_lr {args.min_lr:g} is greater than --max_lr {args.max_lr:g}")
+    if args.T > args.block_size:
+        raise UserError(f"--T {args.T} is greater than --block_size {args.block_size}")
     return args
 
 
-def check_config(args):
-    """Raise UserError for flags that contradict each other."""
-    if args.min_lr > args.max_lr:
-        raise UserError(f"--min_lr {args.min_lr:g} is greater than --max_lr {args.max_lr:g}")
-    if args.n_embd % args.n_head:
-        raise UserError(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
-    if getattr(args, "pos", None) == "rope" and args.n_embd // args.n_head % 2:
-        raise UserError(f"--pos rope needs an even head size, not {args.n_embd // args.n_head}")
-    if args.T > args.block_size:
-        raise UserError(f"--T {args.T} is greater than --block_size {args.block_size}")
-
-
-def resume_flags(cli_args, defaults, group_of, model_class, ckpt):
-    """The flags of a run to resume. Raises UserError if explicit ones would change model or data order."""
-    if ckpt["flags"].get("optimizer") == "muon":
+def checkpoint_flags(cli_args, defaults, group_of, model_class, ckpt, is_resume):
+    """The flags that --resume or --init takes from a checkpoint. Raises UserError if explicit ones would
+    change the model, or the data order of a resumed training run."""
+    flags, eval_only = ckpt.get("flags", {}), "eval_only" in cli_args
+    if is_resume and flags.get("optimizer") == "muon":
         raise UserError(f"{ckpt['path']} was trained with --optimizer muon, which was removed; resume it "
                         "with commit 7f9751b, or start from its weights with --init")
-    saved = defaults | {name: value for name, value in ckpt["flags"].items() if name in defaults}
-    groups = ("model",) if "eval_only" in cli_args else ("model", "data order")
-    preset = cli_args.get("preset")
-    requested = {} if preset == saved["preset"] else model_class.presets.get(preset, {})
-    requested = {name: value for name, value in requested.items() if group_of[name] == "model"} | cli_args
+    # Hugging Face's config has no pos, mlp, norm
+    saved = defaults | flags | asdict(GPTConfig()) | ckpt["config"]
+    fixed = ("model", "data order") if is_resume and not eval_only else ("model",)
+    requested, preset = cli_args, cli_args.get("preset")
+    if is_resume and preset not in (None, "auto", saved["preset"]):
+        model = {name: v for name, v in model_class.presets[preset].items() if group_of[name] == "model"}
+        requested = model | cli_args
     check_unchanged({f"--{name}": (saved[name], value) for name, value in requested.items()
-                     if group_of[name] in groups})
-    config = saved | {name: value for name, value in defaults.items() if group_of[name] == "command"}
+                     if group_of[name] in fixed})
+    if not is_resume:
+        taken = ("data", "T", "val_tokens", "hellaswag") if eval_only else ()
+        config = {name: saved[name] for name in group_of if group_of[name] == "model" or name in taken}
+        if eval_only and saved["dtype"] == "float32":  # other dtypes may not suit this device
+            config["dtype"] = "float32"
+        return config
+    config = {name: saved[name] for name in group_of if group_of[name] != "command"}
     if config["prompt"] == "-":
         config["prompt"] = defaults["prompt"]
     if config["min_lr"] == saved["max_lr"] / 10:
@@ -2142,106 +2025,74 @@ def resume_flags(cli_args, defaults, group_of, model_class, ckpt):
     return config
 
 
-def init_flags(cli_args, defaults, group_of, ckpt):
-    """The flags that --init sets. Raises UserError if explicit model flags contradict it."""
-    config = asdict(GPTConfig()) | ckpt["config"]  # Hugging Face's has no pos, mlp, norm
-    config = {name: value for name, value in config.items() if group_of.get(name) == "model"}
-    for name in sorted(config.keys() & cli_args.keys()):
-        if cli_args[name] != config[name]:
-            raise UserError(f"--{name} {cli_args[name]} contradicts --init {cli_args['init']}, which has "
-                            f"{config[name]}; omit --{name}")
-    if "eval_only" in cli_args:  # use the data and evaluation settings of its run
-        flags = ckpt.get("flags", {})
-        config |= {name: flags.get(name, defaults[name]) for name in ("data", "T", "val_tokens", "hellaswag")}
-        if flags.get("dtype") == "float32":  # other dtypes may not suit this device
-            config["dtype"] = "float32"
-    return config
-
-
 def check_unchanged(values):
     """Raise UserError with a table of {name: (checkpoint, now)} where the two differ."""
     rows = [(name, old, new) for name, (old, new) in sorted(values.items()) if old != new]
     if rows:
         table = "".join(f"\n  {name:20} | {old!s:36} | {new}"
                         for name, old, new in [("flag", "checkpoint", "now"), *rows])
-        raise UserError("cannot resume: these flags differ from the checkpoint (omit them, or start a new "
-                        f"run with another --log_dir){table}")
+        raise UserError("these flags differ from the checkpoint (omit them, or start a new run with another "
+                        f"--log_dir){table}")
 
 
 def print_changes(args, ckpt, model_class):
     """Print the optimization flags that a resume changes, and the learning rate of the next step."""
-    def show(flags, name):
-        value = getattr(flags, name)
-        return f"{value:g}" if isinstance(value, float) else value
-
-    old, step = argparse.Namespace(**(vars(args) | ckpt["flags"])), ckpt["step"]
-    names = "max_steps", "max_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "dtype"
-    changes = [f"{name} {show(old, name)} -> {show(args, name)}" for name in names
-               if show(old, name) != show(args, name)]
+    old, step, changes = argparse.Namespace(**(vars(args) | ckpt["flags"])), ckpt["step"], []
+    for name in "max_steps", "max_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "dtype":
+        before, now = getattr(old, name), getattr(args, name)
+        if before != now:
+            form = "{} {:g} -> {:g}" if isinstance(now, float) else "{} {} -> {}"
+            changes.append(form.format(name, before, now))
     if changes:
         print0(f"changed on resume: {', '.join(changes)}; lr of step {step}: "
                f"{model_class.schedule(step, old):.4e} -> {model_class.schedule(step, args):.4e}")
 
 
 def sequences_per_rank(args, world_size):
-    """Sequences per rank and step. Raises UserError that lists valid batch sizes and world sizes."""
-    total, B, T = args.total_batch_size, args.B or 1, args.T
-    if total % (B * T * world_size) == 0:
-        return total // (T * world_size)
-    unit = B * T * world_size
-    if not args.B and total >= 16 * unit:
-        unit *= 16  # suggest sizes that allow B = 16
-    sizes = " or ".join(str(n) for n in (total // unit * unit, (total // unit + 1) * unit) if n)
-    ranks = ", ".join(str(n) for n in range(1, 2 * world_size) if total % (B * T * n) == 0)
-    raise UserError(f"--total_batch_size {total} is not divisible by B * T * ranks = {B} * {T} * "
-                    f"{world_size}; use --total_batch_size {sizes}"
-                    + (f", or {ranks} ranks" if ranks else ""))
+    """Sequences per rank and step. Raises UserError that lists valid batch sizes."""
+    total, unit = args.total_batch_size, (args.B or 1) * args.T * world_size
+    if total % unit:
+        if not args.B and total >= 16 * unit:
+            unit *= 16  # suggest sizes that allow B = 16
+        nearest = max(1, total // unit) * unit
+        raise UserError(f"--total_batch_size {total} is not divisible by B * T * ranks = {args.B or 1} * "
+                        f"{args.T} * {world_size}; use {nearest} or {nearest + unit}")
+    return total // (args.T * world_size)
 
 
-def choose_B(args, n_sequences, model, dist, use_compile):
+def choose_B(args, n_sequences, model, dist):
     """Micro-batch size: --B, or on CUDA the largest power of two up to 64 that fits on all ranks."""
-    if args.B:
-        return args.B
-    if args.eval_only:
-        return 1 if dist.device.type == "cpu" else 8
+    if args.B or args.eval_only:
+        return args.B or (1 if dist.device.type == "cpu" else 8)
     sizes = [b for b in (64, 32, 16, 8, 4, 2, 1) if n_sequences % b == 0]
     if dist.device.type != "cuda":
         return next(b for b in sizes if b <= 4)
-    # Try a forward and backward pass with the memory for AdamW's state, DDP's buckets and 5% set aside.
+
+    def fits(B):
+        idx = torch.zeros(B, args.T, dtype=torch.long, device=dist.device)
+        try:
+            with autocast(args, dist.device):
+                _, loss = model(idx, idx)
+            loss.backward()
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        return True
+
+    # Set the memory for AdamW's state, DDP's buckets and 5% aside.
     free, total = torch.cuda.mem_get_info()
     reserved = total // 20 + (12 if dist.world_size > 1 else 8) * sum(p.numel() for p in model.parameters())
     torch.cuda.set_per_process_memory_fraction(
         max(0.0, free + torch.cuda.memory_reserved() - reserved) / total)
-    best = next((b for b in sizes if fits_on_gpu(args, b, model, dist.device, use_compile)), 0)
+    best = min(dist.all_gather_object(next(filter(fits, sizes), 0)))
     torch.cuda.set_per_process_memory_fraction(1.0)
-    best = min(dist.all_gather_object(best))
     if not best:
         raise UserError("out of GPU memory with --B 1; use a smaller --T or model")
     return best
-
-
-def fits_on_gpu(args, B, model, device, use_compile):
-    """Whether the forward and backward pass of B sequences fits into the memory of this process."""
-    loss = logits = None
-    try:
-        idx = torch.zeros(B, args.T, dtype=torch.long, device=device)
-        with autocast(args, device):
-            if use_compile:  # a compiled loss keeps only the logits and their gradient, in --dtype
-                dtype = getattr(torch, args.dtype)
-                logits = torch.empty(2, B * args.T, args.vocab_size, dtype=dtype, device=device)
-                loss = model.hidden_states(idx).float().mean()
-            else:
-                _, loss = model(idx, idx)
-        loss.backward()
-        return True
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
-            raise
-        return False
-    finally:
-        del loss, logits
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
 
 
 def load_hellaswag(args, is_explicit, tokenizer, dist):
@@ -2254,23 +2105,23 @@ def load_hellaswag(args, is_explicit, tokenizer, dist):
     problem = None
     try:
         if hellaswag is None:
-            problem = str(hellaswag_import_error)
+            problem = "hellaswag.py is missing"
         elif tokenizer is None or tokenizer.name != "gpt2" or args.vocab_size < tokenizer.n_vocab:
             problem = "it needs the GPT-2 vocabulary"
         elif dist.local_rank == 0:
             hellaswag.download("val")  # once per machine; the other ranks wait in all_gather_object
     except OSError as e:
         problem = str(e)
-    problems = [p for p in dist.all_gather_object(problem) if p]
-    if problems and is_explicit:
-        raise UserError(f"--hellaswag {args.hellaswag}: {problems[0]}")
-    if problems:
-        warn(f"HellaSwag is off: {problems[0]}")
+    problem = next(filter(None, dist.all_gather_object(problem)), None)
+    if problem and is_explicit:
+        raise UserError(f"--hellaswag {args.hellaswag}: {problem}")
+    if problem:
+        warn(f"HellaSwag is off: {problem}")
         return []
     try:
         return hellaswag.load_examples(hellaswag.data_file("val"), args.hellaswag, args.block_size,
                                        tokenizer.encode)
-    except (OSError, ValueError) as e:
+    except ValueError as e:
         raise UserError(str(e)) from e
 
 
@@ -2281,13 +2132,11 @@ def load_start(cli_args, log_dir, model_class, dist, stack):
     """
     init, resume_ckpt = cli_args.get("init", "scratch"), None
     if "resume" in cli_args:
-        if "log_dir" not in cli_args and log_dir != "log" and not os.path.exists(log_dir):
-            arch = None  # earlier versions of modern.py wrote to log
-            with contextlib.suppress(Exception):
-                arch = peek_checkpoint(os.path.join("log", "last.pt"))["arch"]
-            if arch == model_class.arch:
-                raise UserError(f"no directory {log_dir}, but log holds a run of {script_of(arch)}; use "
-                                "--resume --log_dir log")
+        old = os.path.join("log", "last.pt")  # earlier versions of modern.py wrote there
+        if log_dir == "log_modern" and not os.path.exists(log_dir) and os.path.exists(old):
+            if load_checkpoint(old).get("arch") == "modern":
+                raise UserError(f"no directory {log_dir}, but log holds a run of modern.py; use --resume "
+                                "--log_dir log")
         is_read_only = cli_args.keys() & {"eval_only", "export_hf", "inspect"}
         if dist.master_process and os.path.isdir(log_dir) and not is_read_only:
             stack.callback(lock_log_dir(log_dir).release)
@@ -2338,17 +2187,16 @@ def main(argv=None, model_class=GPT):
         log_dir = cli_args.get("log_dir", defaults["log_dir"])
         resume_ckpt, init_ckpt = load_start(cli_args, log_dir, model_class, dist, stack)
         ckpt = resume_ckpt or init_ckpt
-        path = resume_ckpt["path"] if resume_ckpt else cli_args.get("init")
-        args = resolve_config(cli_args, defaults, parser.group_of, model_class, dist, resume_ckpt, init_ckpt)
+        args = resolve_config(cli_args, defaults, parser.group_of, model_class, dist, ckpt, bool(resume_ckpt))
         if (args.eval_only or args.export_hf) and not ckpt:
             raise UserError(f"--{'eval_only' if args.eval_only else 'export_hf'} needs weights: --init PATH, "
                             "or --resume with a checkpoint in --log_dir")
         if args.export_hf:
             if dist.master_process:
-                export_hf(model_class.from_checkpoint(ckpt, path), args.export_hf)
+                export_hf(model_class.from_checkpoint(ckpt, ckpt.get("path", args.init)), args.export_hf)
             return 0
         compare_ranks(dist, {"the checkpoint (is --log_dir on shared storage?)":
-                             resume_ckpt and (path, resume_ckpt["step"])})
+                             resume_ckpt and (resume_ckpt["path"], resume_ckpt["step"])})
         is_training = not args.eval_only and args.inspect is None
         if resume_ckpt and is_training and is_finished(resume_ckpt, args):
             return 0
@@ -2369,8 +2217,7 @@ def main(argv=None, model_class=GPT):
 def run(args, dist, model_class, resume_ckpt, init_ckpt, data, tokenizer, examples, stack):
     """Build model, data loaders, evaluator and trainer, then evaluate or train. Returns the exit status."""
     n_sequences = None if args.eval_only else sequences_per_rank(args, dist.world_size)
-    if args.wandb and not args.eval_only:
-        import_optional("wandb", "--wandb")
+    args.sample_length = args.sample_length or (128 if tokenizer and tokenizer.name == "bytes" else 32)
     prompt = encode_prompt(args, tokenizer) if dist.master_process else []
     ckpt = resume_ckpt or init_ckpt
 
@@ -2382,11 +2229,11 @@ def run(args, dist, model_class, resume_ckpt, init_ckpt, data, tokenizer, exampl
         config = {f.name: getattr(args, f.name, f.default) for f in fields(GPTConfig)}
         model = model_class(GPTConfig(**config))
     model.to(dist.device)
-    wants_compile = dist.device.type == "cuda" if args.compile is None else args.compile
-    use_compile = all(dist.all_gather_object(
-        wants_compile and not args.eval_only and can_compile(dist.device)))
-    B = choose_B(args, n_sequences, model, dist, use_compile)
-    check_mps(args, B, dist.device)
+    wants_compile = args.compile and not args.eval_only
+    use_compile = all(dist.all_gather_object(wants_compile and can_compile(dist.device)))
+    B = choose_B(args, n_sequences, model, dist)
+    if dist.device.type == "mps":
+        check_mps(args, B)
     stop = StopSignal(dist)
     loader_args = B, args.T, dist.rank, dist.world_size
     val_loader = None
@@ -2403,19 +2250,21 @@ def run(args, dist, model_class, resume_ckpt, init_ckpt, data, tokenizer, exampl
                             args.seed, args.vocab_size)
     run_metadata = dict(arch=model.arch, config=asdict(model.config), flags=vars(args),
                         tokenizer=tokenizer.name if tokenizer else "gpt2", data=data.identity)
+    if args.wandb:  # a resumed run continues its curves there
+        run_metadata["wandb_id"] = (resume_ckpt or {}).get("wandb_id") or os.urandom(4).hex()
     trainer = Trainer(args, dist, model, wrapped_model, loader, stop, run_metadata, resume_ckpt)
     if resume_ckpt:
         print0(f"resuming from {resume_ckpt['path']}, step {trainer.step}")
         print_changes(args, resume_ckpt, model_class)
-    run_log = open_run_log(args, dist, trainer, data, use_compile, stack)
+    run_log = open_run_log(trainer, data, use_compile, stack)
     return run_training(trainer, evaluator, run_log)
 
 
-def open_run_log(args, dist, trainer, data, use_compile, stack):
+def open_run_log(trainer, data, use_compile, stack):
     """Print the settings and create the run directory. Returns a RunLog on rank 0, else None."""
-    loader, device = trainer.loader, dist.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print0(f"using device: {device} ({name}), {args.dtype}, compile {'on' if use_compile else 'off'}")
+    args, dist, loader = trainer.args, trainer.dist, trainer.loader
+    name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
+    print0(f"using device: {dist.device} ({name}), {args.dtype}, compile {'on' if use_compile else 'off'}")
     print0(f"total desired batch size: {args.total_batch_size}")
     print0(f"=> calculated gradient accumulation steps: {loader.grad_accum_steps} (B {loader.B}, T {args.T}, "
            f"ranks {dist.world_size})")
@@ -2427,17 +2276,12 @@ def open_run_log(args, dist, trainer, data, use_compile, stack):
         warn(f"--warmup_steps {args.warmup_steps} is greater than --max_steps {args.max_steps}: the learning "
              "rate never reaches --max_lr")
     dist.all_gather_object()  # all ranks have passed all checks: files may be written now
-    run_log = None
-    if dist.master_process:
-        stack.callback(open_log_dir(args).release)
-        settings = trainer.run_metadata | dict(
-            B=loader.B, world_size=dist.world_size, device=f"{device} ({name})", compile=use_compile,
-            first_shard=data.train.names[0], torch=torch.__version__)
-        settings["model"] = settings.pop("config")
-        flops_per_step = trainer.raw_model.flops_per_token(args.T) * args.total_batch_size
-        peak = peak_flops(device, args.dtype)
-        run_log = RunLog(args, settings, trainer.step, flops_per_step, peak and peak * dist.world_size)
-    return run_log
+    if not dist.master_process:
+        return None
+    stack.callback(open_log_dir(args).release)
+    return RunLog(trainer, dict(
+        B=loader.B, world_size=dist.world_size, device=f"{dist.device} ({name})", compile=use_compile,
+        first_shard=data.train.names[0], torch=torch.__version__))
 
 
 def run_training(trainer, evaluator, run_log):
@@ -2452,13 +2296,6 @@ def run_training(trainer, evaluator, run_log):
             if not stop.data_failed:
                 print0(f"interrupted at step {trainer.step}, checkpoint saved; rerun with --resume to "
                        "continue")
-        except RuntimeError as e:
-            if not is_out_of_memory(e):
-                raise
-            n, B = trainer.loader.sequences_per_step // trainer.dist.world_size, trainer.loader.B
-            smaller = [f"--B {b}" for b in range(1, B) if n % b == 0]
-            raise UserError(f"out of memory with --B {B} ({one_line(e, 80)}); use "
-                            f"{smaller[-1] if smaller else 'a smaller --T or model'}") from None
         finally:
             if run_log:
                 run_log.close()

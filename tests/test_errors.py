@@ -36,13 +36,13 @@ def mistake(tmp_path, monkeypatch, capsys):
 
 
 MISTAKES = [
-    (["--batch_size=4"], "unrecognized arguments: --batch_size"), (["--eval-only"], "mean --eval_only?"),
+    (["--batch_size=4"], "unrecognized arguments: --batch_size"), (["--eval-only"], "unrecognized"),
     (["--max=3"], "unrecognized"), ([""], "unrecognized"),  # an abbreviation, an unset "$FLAGS"
     (["--T=0"], "--T: must be at least 1"), (["--T=64"], "--T 64 is greater than --block_size 32"),
-    (["--n_embd=33"], "33 is not divisible by --n_head 2"), (["--pos=rope", "--n_embd=2"], "even head size"),
+    (["--n_embd=33"], "33 is not divisible by --n_head 2"), (["--pos=rope", "--n_embd=2"], "by 2 * n_head"),
     (["--min_lr=1"], "--min_lr 1 is greater than --max_lr"), (["--device=cpu:1"], "--device cpu:1: choose"),
-    (["--total_batch_size=24"], "--total_batch_size 32"), (["--init=s"], "s is a directory"),
-    (["--total_batch_size=250"], "--total_batch_size 224 or 256"), (["--init=no.pt"], "no such checkpoint"),
+    (["--total_batch_size=24"], "use 32 or 64"), (["--init=s"], "Is a directory"),
+    (["--total_batch_size=250"], "use 224 or 256"), (["--init=no.pt"], "No such file"),
     (["--eval_only"], "--eval_only needs weights"), (["--export_hf=x"], "--export_hf needs weights"),
     (["--n_embd=100000000000"], "smaller"), (["--shuffle=x"], "invalid choice"),
     *(([f"--{name}={value}"], f"--{name}: must be ") for name, value in [
@@ -50,7 +50,7 @@ MISTAKES = [
         ("max_steps", "9" * 401), ("seed", "-1"), ("seed", 2**64), ("inspect", 2**63)]),
     *(([f"--{name}="], f"--{name}: must not be empty")  # an unset "$DIR"
       for name in ("data", "log_dir", "init", "prompt", "device", "export_hf")),
-    *[(["--device=cuda"], "--device cuda: 0 CUDA devices")] * (not torch.cuda.is_available()),
+    *[(["--device=cuda"], "--device cuda: cuda:0 is not available")] * (not torch.cuda.is_available()),
 ]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_world_sizes_that_divide_the_batch():
     for n in (1, 2, 4):
         assert choose_preset({}, Dist(0, 0, n, torch.device("cpu")))[0] == "smoke"
         assert sequences_per_rank(smoke, n) == 4 // n
-    with pytest.raises(UserError, match="--total_batch_size 491520 or 540672"):
+    with pytest.raises(UserError, match="use 491520 or 540672"):
         sequences_per_rank(SimpleNamespace(T=1024, total_batch_size=524288, B=0), 3)
 
 
@@ -95,8 +95,7 @@ def test_settings_that_apple_gpus_compute_incorrectly(monkeypatch, B, T, dtype, 
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     args = SimpleNamespace(T=T, dtype=dtype, eval_only=False)
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-        check_mps(args, B, torch.device("mps"))
-    check_mps(args, B, torch.device("cuda"))
+        check_mps(args, B)
 
 
 def test_under_torchrun_an_error_about_the_network_is_printed(monkeypatch, capsys):
@@ -106,18 +105,6 @@ def test_under_torchrun_an_error_about_the_network_is_printed(monkeypatch, capsy
     monkeypatch.setattr("signal.signal", lambda *args: None)
     train_gpt2.report_error("train_gpt2.py", UserError("the hub: Connection reset by peer"))
     assert capsys.readouterr().err == "train_gpt2.py: error: the hub: Connection reset by peer\n"
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_token_file_without_its_directory(mistake, tmp_path, split):
-    """--data with a single file names the directory, and numpy calls that convert nanoGPT's train.bin."""
-    np.arange(300, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
-    err = mistake(*TINY, f"--data={split}.bin")
-    assert "directory" in err and "delete" not in err
-    exec(err[err.index("np.save("):].strip(), {"np": np})
-    (converted,) = tmp_path.glob("*.npy")
-    assert train_gpt2.split_of(converted.name) == split and train_gpt2.open_shard(str(converted)).count == 300
-    assert "directory" in mistake(*TINY, f"--data={converted.name}")
 
 
 def test_directories_without_shards(mistake, tmp_path):

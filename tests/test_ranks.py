@@ -96,15 +96,9 @@ def test_indivisible_batch_under_torchrun(forks, cwd):
     """One line before torchrun's report, with the nearest sizes that work."""
     job = forks.torchrun(2, *SHORT, "--total_batch_size=96", "--B=2", cwd=cwd, patch="none").end()
     line, = job.errors()
-    assert all(re.search(rf"\b{n}\b", line) for n in (96, 64, 128, "1, 3"))
+    assert all(re.search(rf"\b{n}\b", line) for n in (96, 64, 128))
     assert job.stderr.index(line) < job.stderr.index("ChildFailedError") < job.stderr.index("exitcode  : 2")
     assert job.status == 1 and 'train_gpt2.py", line' not in job.stderr  # no traceback of ours
-
-
-def test_more_ranks_than_gpus(forks, cwd):
-    gpus = "import torch\ntorch.cuda.is_available = lambda: True\ntorch.cuda.device_count = lambda: 1\n"
-    ranks = as_torchrun(forks, *SHORT, "--device=cuda", cwd=cwd, patch=gpus)
-    ranks[0].refused("2 ranks", "1 GPUs", "--nproc_per_node=1")
 
 
 def new_token(path):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import TINY, assert_same_end, copy_until_8, equal, read_log, weights, write_shards
 
-import train_gpt2
 from train_gpt2 import get_lr, load_optimizer_state
 
 
@@ -169,11 +168,3 @@ def test_preset_of_the_run_itself_is_accepted(forks, uninterrupted, data, tmp_pa
     copy_until_8(uninterrupted, tmp_path / "log")
     forks.run("--preset=gpt2", f"--data={data}", "--resume", cwd=tmp_path).good()
     assert_same_end(tmp_path / "log", uninterrupted)
-
-
-def test_init_from_hugging_face_contradicts_rope(tmp_path):
-    ckpt = dict(config=dict(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8))
-    parser = train_gpt2.build_parser(train_gpt2.GPT)
-    cli_args, defaults = train_gpt2.parse_cli(parser, ["--init=gpt2", "--pos=rope"])
-    with pytest.raises(train_gpt2.UserError, match="--pos rope contradicts --init gpt2, which has learned"):
-        train_gpt2.init_flags(cli_args, defaults, parser.group_of, ckpt)

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -145,21 +144,12 @@ def test_eval_only_with_resume_leaves_the_run_unchanged(tiny_run, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--prompt", "sea " * 33], "--block_size allows 1 to 32"), (["--n_layer=3"], "3 contradicts --init"),
-    (["--prompt", "the sea is green", "--sample_length=2"], "--sample_length allows 1 to 1")])
+    (["--prompt", "sea " * 33], "34 tokens; --block_size 32 .* allow 1 to "),
+    (["--n_layer=3", "--pos=rope"], "--n_layer +. 2 +. 3\n +--pos +. learned +. rope"),
+    (["--prompt", "the sea is green", "--sample_length=2"], "--sample_length 2 allow 1 to 1")])
 def test_eval_only_mistakes(tiny_run, flags, message):
     with pytest.raises(UserError, match=message):
         train_gpt2.main(["--eval_only", "--device=cpu", f"--init={tiny_run[1]}", *flags])
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", "{"])
-def test_a_foreign_config_json_does_not_end_a_resume(forks, tiny_run, tmp_path, content):
-    """--export_hf into the directory of a run writes one there."""
-    shutil.copytree(tiny_run[0] / "log", tmp_path / "log")
-    (tmp_path / "log" / "config.json").write_text(content)
-    data = f"--data={tiny_run[0] / 'text.txt'}"
-    forks.run("--resume", "--device=cpu", data, "--max_steps=5", cwd=tmp_path).good()
-    assert json.loads((tmp_path / "log" / "config.json").read_text())["wandb_id"]
 
 
 def test_init_takes_weights_and_shape_only(tiny_run, tmp_path, monkeypatch):
@@ -176,21 +166,11 @@ def test_export_from_the_command(tiny_run, tmp_path):
     hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     model, idx = train_gpt2.GPT.from_pretrained(tiny_run[1]), torch.arange(30)[None]
     assert torch.allclose(model(idx)[0][..., :50257], hf(idx).logits, atol=1e-5)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="could not write .*file"):
-        run_here("--device=cpu", f"--init={tiny_run[1]}", f"--export_hf={tmp_path / 'file'}")
 
 
-@pytest.mark.parametrize("card, dtype", [
-    ((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16"), ("gfx803", "float16"),
-    ("gfx90a:sramecc+:xnack-", "bfloat16"), ("gfx942", "bfloat16"), ("gfx908", "bfloat16"),
-    ("gfx90c", "float16"), ("gfx906:sramecc+", "float16"), ("gfx1100", "bfloat16"), ("gfx1032", "float16"),
-])  # fmt: skip
+@pytest.mark.parametrize("card, dtype", [((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
 def test_dtype_auto_is_bfloat16_on_cards_that_have_it(monkeypatch, card, dtype):
-    """NVIDIA cards by compute capability, AMD cards by architecture."""
-    monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(card, str) else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=card))
     assert train_gpt2.resolve_dtype("auto", torch.device("cuda")) == dtype
 
 
@@ -201,9 +181,9 @@ def test_dtype_auto_is_bfloat16_on_cards_that_have_it(monkeypatch, card, dtype):
 ])  # fmt: skip
 def test_peak_flops_by_the_whole_name_of_the_card(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    peaks = [train_gpt2.peak_flops(torch.device(device), dtype) for device, dtype in
+    peaks = [train_gpt2.peak_flops(Dist(0, 0, 2, torch.device(device)), dtype) for device, dtype in
              (("cuda", "bfloat16"), ("cuda", "float32"), ("cpu", "bfloat16"))]
-    assert peaks == [peak and pytest.approx(peak * 1e12), None, None]
+    assert peaks == [peak and pytest.approx(2 * peak * 1e12), None, None]
 
 
 @pytest.mark.parametrize("device", ["mps", "cpu"])
