@@ -314,20 +314,16 @@ def expand_patterns(patterns):
 
 
 def resolve_shard_size(args, recorded):
-    """Return --shard_size, else the recorded size, else a default. Raises UserError if the first shard, which
-    is validation data, is known to hold all tokens."""
-    default, limit = 10**8, args.max_tokens or sys.maxsize
-    if args.files:
+    """Return --shard_size, else the recorded size, else 100 million tokens, or for --files a tenth of them.
+    Raises UserError if the first shard, which is validation data, would hold all --max_tokens."""
+    limit, default = args.max_tokens or sys.maxsize, 10**8
+    if args.files:  # English text has 4 bytes per token
         num_bytes = sum(map(os.path.getsize, args.files))
-        if any(path.endswith((".parquet", ".gz")) for path in args.files):
-            num_bytes *= 2  # text compresses 1.5 to 3 times
-        else:  # at least one byte per token, and <|endoftext|> per document
-            limit = min(limit, num_bytes + len(args.files))
-        default = min(default, max(1, min(num_bytes // 4, limit) // 10))  # English: 4 bytes per token
+        default = min(default, max(1, min(num_bytes // 4, limit) // 10))
     size = args.shard_size or recorded.get("shard_size") or default
     if size >= limit and not recorded:
-        raise UserError(f"--shard_size {size} leaves nothing to train on: the first shard is validation "
-                        f"data, and there are at most {limit} tokens; use more text or a smaller size")
+        raise UserError(f"--shard_size {size} leaves nothing of --max_tokens {limit} to train on, because the "
+                        "first shard is validation data; use a smaller size")
     return size
 
 
@@ -458,15 +454,8 @@ def document_batches(data, args, start):
 
 def load_encode():
     """Return a function from text to GPT-2 tokens, uint16 (n,). Raises UserError."""
-    import requests
-    import tiktoken.load
+    import tiktoken
 
-    def read_file(url):  # tiktoken's own download has no timeout
-        response = requests.get(url, timeout=60)
-        response.raise_for_status()
-        return response.content
-
-    tiktoken.load.read_file = read_file
     try:
         return functools.partial(encode_ordinary, tiktoken.get_encoding("gpt2"))
     except Exception as e:
@@ -477,11 +466,8 @@ def load_encode():
 def encode_ordinary(bpe, text):
     try:  # 15% faster than encode_ordinary, which creates a list
         return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-    except (UnicodeEncodeError, AttributeError):  # unpaired surrogate; old tiktoken
+    except UnicodeEncodeError:  # unpaired surrogate
         return np.array(bpe.encode_ordinary(text), dtype=np.uint16)
-    except ValueError as e:  # tiktoken's regex fails on about a million consecutive spaces
-        raise UserError(f"could not tokenize the text that starts with {text[:40]!r} ({one_line(e, 100)}); "
-                        "shorten its longest run of spaces") from e
 
 
 def init_worker():
@@ -509,26 +495,24 @@ def start_workers(num_proc):
 
 
 def tokenize(encode, first, texts):
-    """Return (first document, tokens uint16 (n,), tokens per document, texts with <|endoftext|>)."""
+    """Return (first document, tokens uint16 (n,), tokens per document)."""
     # A null has no tokens but is counted as a document, so that positions stay row numbers.
     parts = [np.empty(0, np.uint16) if text is None else np.append(np.uint16(EOT), encode(text))
              for text in texts]  # fmt: skip
-    literals = sum("<|endoftext|>" in text for text in texts if text)
-    return first, np.concatenate(parts), np.array([len(part) for part in parts]), literals
+    return first, np.concatenate(parts), np.array([len(part) for part in parts])
 
 
 def tokenize_batches(batches, encode, pool, ahead, bar, counts):
-    """Yield (first document, tokens, tokens per document) in order. Keeps up to `ahead` batches submitted and
-    updates the progress bar and the counts."""
+    """Yield (first document, tokens, tokens per document) in order. Keeps up to `ahead` batches submitted."""
     pending = []
     while True:
         for batch in itertools.islice(batches, ahead + 1 - len(pending)):
             pending.append(pool.submit(tokenize, encode, *batch))
         if not pending:
             return
-        first, tokens, lengths, literals = pending.pop(0).result()
+        first, tokens, lengths = pending.pop(0).result()
         bar.update(len(lengths))
-        counts.update(null=np.count_nonzero(lengths == 0), literal=literals)
+        counts["null"] += np.count_nonzero(lengths == 0)
         yield first, tokens, lengths
 
 
@@ -595,9 +579,6 @@ def create_shards(args, manifest):
                 index += 1
     if counts["null"]:
         print_line(f"skipped {counts['null']:,} rows whose text is null")
-    if counts["literal"]:
-        print_line(f'warning: {counts["literal"]:,} texts contain "<|endoftext|>"; it was encoded as '
-                   "ordinary text, not as a document boundary", "stderr")
     if not shards:
         raise UserError("no documents to read; check --files or --dataset")
     save_manifest(args.out, manifest, complete=True)
@@ -672,7 +653,7 @@ def main(argv=None):
     rerun = "completed shards are safe, rerun to continue"
     try:
         return run(parse_args(argv))
-    except UserError as e:
+    except (UserError, ValueError) as e:  # ValueError: tiktoken fails on a million consecutive spaces
         status, message = 2, f"error: {e}"
     except ImportError as e:
         status, message = 2, f"error: {e}; run pip install -r requirements.txt"

