@@ -1,21 +1,4 @@
-"""Shared by the tests: flags of a tiny model, synthetic shards, runs, and comparisons of two runs.
-
-    test_train         build-nanogpt's numbers; the smoke run; evaluate, sample, export
-    test_model         model, loss, sampling and schedule against formulas and other implementations
-    test_modern        the recipe of modern.py, and that it runs like train_gpt2.py
-    test_data          the batch of a step; test_tokens: how text, shards and manifests are read
-    test_kills         a run that is killed or stopped anywhere resumes to the same result
-    test_disk          full disks and failing writes lose nothing that was saved
-    test_checkpoint    checkpoints are plain data, verified on load, and old ones stay readable
-    test_resume        which flags may change on --resume
-    test_errors        a mistake is one line with its fix and status 2, before time is spent
-    test_ranks         the same on several ranks; a failing rank never hangs the others
-    test_distributed   any number of ranks, sharded or compiled, gives the same run
-    test_structure     imports, function lengths, each script copied alone
-    test_readme        the commands of the README
-    test_fineweb, test_pretokenized, test_hellaswag, test_plot: the other scripts
-    processes.py       starts the runs and stops them at named points
-"""
+"""Shared by the tests: flags of a tiny model, synthetic shards, runs, and comparisons of two runs."""
 
 import os
 import random
@@ -23,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -81,32 +63,6 @@ ORDER = ("train ranks fineweb kills tokens disk structure distributed modern hel
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # of pytest-xdist, which begins with the most tests
-    if not hasattr(config, "workerinput"):  # the process that the user sees
-        config.pluginmanager.register(Progress())
-
-
-class Progress:
-    """Every 30 seconds, print how many tests are done and the remaining time."""
-
-    def __init__(self):
-        self.start = self.printed = time.monotonic()
-        self.done = self.total = 0
-
-    def pytest_collection_finish(self, session):
-        self.total = len(session.items)
-
-    def pytest_xdist_node_collection_finished(self, ids):
-        self.total = len(ids)
-
-    def pytest_runtest_logfinish(self):
-        self.done += 1
-        now = time.monotonic()
-        if now - self.printed > 30:
-            left = (now - self.start) / self.done * (self.total - self.done)
-            # the long files come first, so early estimates are useless
-            guess = f", ETA {left / 60:.1f} minutes" if 5 * self.done > self.total else ""
-            print(f"\n{self.done} of {self.total} tests{guess}")
-            self.printed = now
 
 
 def pytest_collection_modifyitems(items):

@@ -31,8 +31,8 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LINUX = sys.platform == "linux"  # elsewhere a run is a new process, and nothing is killed
-KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+LINUX = sys.platform == "linux"  # for tests that read /proc
+KILL = signal.SIGKILL
 HANG_TIMEOUT_S = 300  # only ends a test that hangs
 sleep = time.sleep  # a patch may replace time.sleep
 job = {}  # the order of this run
@@ -237,31 +237,15 @@ class Forks:
 
     def __init__(self, folder, warm=True):
         """warm: import everything that a run may need, including the compiler."""
-        self.n, self.folder, self.popen = 0, Path(folder), {}
+        self.n, self.folder = 0, Path(folder)
         modules = ["torch._dynamo", "torch.distributed.optim", "torch.distributed.run"] if warm else []
-        if LINUX:
-            self.process = subprocess.Popen([sys.executable, __file__, "serve", "train_gpt2", *modules],
-                                            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen([sys.executable, __file__, "serve", "train_gpt2", *modules],
+                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, **order):
-        if not LINUX:
-            return self.ask_popen(**order)
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
-
-    def ask_popen(self, poll=None, **order):
-        """The same on systems without fork."""
-        if poll:
-            return self.popen[poll].poll()
-        torchrun = ["-m", "torch.distributed.run", *(order["torchrun"] or [])]
-        line = torchrun if order["torchrun"] else [__file__, json.dumps(order)]
-        env = {k: v for k, v in (os.environ | order["env"]).items() if v is not None}
-        with open(order["out"], "a") as out, open(order["err"], "a") as err:
-            process = subprocess.Popen([sys.executable, *line], cwd=order["cwd"], env=env,
-                                       stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-        self.popen[process.pid] = process
-        return process.pid
 
     def start(self, *flags, cwd, patch="", torchrun=None, kind=None, script=None, **env):
         """Start a Run. patch: Python code that it executes first, with the names of this module."""
@@ -300,13 +284,9 @@ class Forks:
         return self.start(cwd=cwd, torchrun=line, kind=Torchrun, **env)
 
     def close(self):
-        for process in self.popen.values():
-            process.kill()
-            process.wait()
-        if LINUX:
-            self.process.stdin.close()
-            self.process.wait(HANG_TIMEOUT_S)
-            self.process.stdout.close()
+        self.process.stdin.close()
+        self.process.wait(HANG_TIMEOUT_S)
+        self.process.stdout.close()
 
 
 class Run:
@@ -404,18 +384,6 @@ class Ranks(list):
 
 class Torchrun(Run):
     """A torchrun; its workers share its output files."""
-
-    def workers(self):
-        """{rank: pid} of its workers."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if (path / "stat").read_text().rsplit(")", 1)[1].split()[1] == str(self.pid):
-                    pairs = (path / "environ").read_text(errors="replace").split("\0")
-                    env = dict(x.partition("=")[::2] for x in pairs)
-                    if "LOCAL_RANK" in env:
-                        found[int(env["RANK"])] = int(path.name)
-        return found
 
     def errors(self):
         """The error lines of train_gpt2.py, without torchrun's own report."""

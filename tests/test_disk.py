@@ -88,15 +88,3 @@ at("torch.nn.utils.clip_grad_norm_", lambda: limit(os.path.getsize("log/log.txt"
 at("torch.nn.utils.clip_grad_norm_", lambda: limit(resource.RLIM_INFINITY), nth=11)"""
     assert forks.run(*flags, cwd=tmp_path, patch=patch).good().stderr.count("log.txt") == 1
     assert_same_end(tmp_path / "log", uninterrupted)
-
-
-def test_log_on_a_disk_that_stays_full(forks, uninterrupted, flags, tmp_path):
-    """The missing lines are reported again at the end. After a kill, half a line is dropped on resume."""
-    full, log = "torn_log(no_space, when=lambda n: n >= 5)\n", tmp_path / "log" / "log.txt"  # from step 3
-    first, last = forks.run(*flags, "--log_dir=full", cwd=tmp_path, patch=full).good().stderr.splitlines()
-    assert all("No space left" in x and "log.txt" in x for x in (first, last)) and "missing" in last
-    forks.run(*flags, cwd=tmp_path, patch=full + 'at("train_gpt2.Trainer.update", kill, nth=7)').killed()
-    assert weights(tmp_path / "log")["step"] == 4 and not log.read_bytes().endswith(b"\n")
-    forks.run(*flags, "--resume", cwd=tmp_path).good()
-    whole, lines = (path.read_text().splitlines() for path in (uninterrupted / "log.txt", log))
-    assert lines == [x for x in whole if not x.startswith("3 ")]

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,14 +184,6 @@ def test_each_example_counts_on_one_rank(monkeypatch, world_size, n):
     assert len({len(c) for c in calls}) == 1  # otherwise a collective would hang
 
 
-def test_batches_are_bounded_and_have_little_padding():
-    examples = random_examples(400)
-    batches = hellaswag.rank_batches(examples, 0, 1, 1024)
-    sizes = [len(batch) * max(len(e.tokens) for e in batch) for batch in batches]
-    assert max(sizes) <= 1024 and sum(sizes) < 1.03 * sum(len(e.tokens) for e in examples)
-    assert len(list(hellaswag.rank_batches(examples, 0, 1, 1))) == 400  # no example is split
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_is_restored_even_after_an_exception(training):
     examples, model, modes = random_examples(30), tiny_gpt().train(training), []
@@ -202,39 +193,6 @@ def test_training_mode_is_restored_even_after_an_exception(training):
     with pytest.raises(ZeroDivisionError):  # in the second batch
         evaluate(model, examples, "cpu", on_batch_end=lambda: 1 // next(calls))
     assert model.training is training and next(calls, None) is None
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
-def test_progress_bar_survives_the_loss_of_the_terminal(monkeypatch):
-    screen, terminal = os.openpty()
-    monkeypatch.setattr(sys, "stderr", open(terminal, "w"))
-    close = iter([lambda: os.close(screen)])
-    for _ in range(2):
-        result = evaluate(tiny_gpt(), random_examples(50), "cpu", progress=True,
-                          on_batch_end=lambda: time.sleep(0.15) or next(close, int)())
-        assert result.total == 50
-    with pytest.raises(OSError), sys.stderr:  # the terminal is really gone
-        sys.stderr.write("\n" * 10000)
-
-
-def test_losses_are_float32_under_autocast():
-    logits = torch.arange(10.0)  # exact in bfloat16, so only the loss could be rounded
-    one = pack([1], [[3], [0], [9], [2]], 0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        sums, _ = score_batch(constant_model(logits.bfloat16()), [one], "cpu")
-    torch.testing.assert_close(sums[0].float(), logits.logsumexp(0) - logits[[3, 0, 9, 2]])
-
-
-def test_shown_examples_mark_the_correct_and_the_chosen_ending(capsys):
-    examples = [pack([65], [[66], [67], [68, 69], [70]], label) for label in (3, 2, 0)]
-    logits = torch.zeros(256)
-    logits[68] = 5.0
-    hellaswag.show_examples(constant_model(logits), examples, "cpu", lambda ids: bytes(ids).decode(), n=2)
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "example 1: A", "      6.0000 B", "      6.0000 C", "   >  3.5000 DE", "  =   6.0000 F",
-        "example 2: A", "      6.0000 B", "      6.0000 C", "  =>  3.5000 DE", "      6.0000 F"]
-    assert hellaswag.score_lines(2871, 2967, 10042) == [
-        "acc: 2871/10042=0.2859 +- 0.0045", "acc_norm: 2967/10042=0.2955 +- 0.0046"]
 
 
 GOOD = "".join(json.dumps({**ROOF, "ind": i}) + "\n" for i in range(500)).encode()

@@ -188,26 +188,6 @@ def test_every_log_has_a_picture(tmp_path, draw, text, flags):
         assert np.isfinite([*a.get_xlim(), *a.get_ylim()]).all()
 
 
-@pytest.mark.parametrize("text, low, high", [
-    (log_of(200), 10.9, 12), (log_of(19073), 3.3, 4), (log_of(19073) + "9000 train 50\n", 3.3, 4)])
-def test_long_run_is_not_flattened_by_its_first_steps(tmp_path, draw, text, low, high):
-    axes = draw([read(tmp_path, text, GPT2)])["Loss:"]
-    assert low < axes.get_ylim()[1] < high
-
-
-def test_openai_levels_are_those_of_the_size_and_do_not_overlap(tmp_path, draw):
-    sizes = [{"n_layer": n, "n_embd": c} for n, c in [*plot.OPENAI_MODELS, (4, 128)]]
-    runs = [read(tmp_path / str(i), log_of(1200), GPT2 | size) for i, size in enumerate(sizes)]
-    labels = []
-    for axes in (draw([runs[0]]), draw([runs[1]]), draw([runs[-1]]), draw(runs)):
-        labels.append([t.get_text() for t in [*axes["Loss:"].texts, *axes["HellaSwag"].texts]])
-        boxes = sorted((t.get_window_extent() for t in axes["HellaSwag"].texts), key=lambda b: b.y0)
-        assert all(a.y1 <= b.y0 for a, b in zip(boxes, boxes[1:], strict=False))
-    assert labels[0] == ["GPT-2 124M\n3.2924", "chance\n0.25", "GPT-2 124M\n0.2945", "GPT-3 124M\n0.337"]
-    assert labels[1] == ["chance\n0.25", "GPT-2 350M\n0.3752", "GPT-3 350M\n0.436"]
-    assert labels[2] == ["chance\n0.25"] and len(labels[3]) == 6
-
-
 def test_reference_curve_and_spikes_are_drawn(tmp_path, draw):
     text = log_of(3000, spike_at=1500)
     run = read(tmp_path / "b", text, GPT2, first_shard=EDU, tokenizer="bytes")
