@@ -322,8 +322,8 @@ def resolve_shard_size(args, recorded):
         default = min(default, max(1, min(num_bytes // 4, limit) // 10))
     size = args.shard_size or recorded.get("shard_size") or default
     if size >= limit and not recorded:
-        raise UserError(f"--shard_size {size} leaves nothing of --max_tokens {limit} to train on, because the "
-                        "first shard is validation data; use a smaller size")
+        raise UserError(f"--shard_size {size} leaves nothing of --max_tokens {limit} to train on: the first "
+                        "shard is validation data; use a smaller size")
     return size
 
 

@@ -5,10 +5,9 @@ Train a 2026 architecture with the trainer of train_gpt2.py: Muon, RoPE, QK norm
     torchrun --standalone --nproc_per_node=8 modern.py    # 8 GPUs
 
 The recipe is the tuned Muon baseline of the NanoGPT speedrun's optimization track
-(github.com/KellerJordan/modded-nanogpt, records/track_3_optimization). Its authors report a
-validation loss of 3.28 on FineWeb after 3,250 steps of 524,288 tokens; GPT-2 (124M) takes 10B tokens
-for it. This project has not measured it at 124M. Flags, data order, resume, evaluation and files are
-those of train_gpt2.py. This file has only the model, the optimizers and the schedule.
+(github.com/KellerJordan/modded-nanogpt, records/track_3_optimization). Its authors report a validation loss
+of 3.28 on FineWeb after 3,250 steps of 524,288 tokens; GPT-2 (124M) takes 10B tokens for it. This project has
+not measured it at 124M. Flags, data order, resume, evaluation and files are those of train_gpt2.py.
 """
 
 import sys
@@ -30,8 +29,7 @@ from train_gpt2 import (
     print0, run_script,
 )
 
-RECIPE = dict(max_lr=0.025, min_lr=0.0, warmup_steps=0, max_steps=3250, grad_clip=0.0,
-              weight_decay=0.05)
+RECIPE = dict(max_lr=0.025, min_lr=0.0, warmup_steps=0, max_steps=3250, grad_clip=0.0, weight_decay=0.05)
 N_HEAD = {"gpt2": 6, "gpt2-medium": 8, "gpt2-large": 10, "gpt2-xl": 10}  # fewer, wider heads
 SOFT_CAP = 15.0
 
@@ -50,8 +48,8 @@ class Attention(nn.Module):
         B, T, C = x.size()
         q, k, v = (layer(x).view(B, T, self.n_head, C // self.n_head)
                    for layer in (self.c_q, self.c_k, self.c_v))
-        # QK norm (Dehghani et al. 2023, arXiv 2302.05442) makes |q| = |k| = sqrt(hs), and RoPE keeps
-        # it, so the attention logits are bounded: |0.12 q.k| <= 0.12 hs.
+        # QK norm (Dehghani et al. 2023, arXiv 2302.05442) makes |q| = |k| = sqrt(hs), and RoPE keeps it,
+        # so the attention logits are bounded: |0.12 q.k| <= 0.12 hs.
         q, k = (apply_rotary_emb(F.rms_norm(t, (t.size(-1),)), *rope) for t in (q, k))
         return self.c_proj(causal_attention(self, q, k, v, mask, kv_cache, scale=0.12))
 
@@ -84,9 +82,9 @@ class Block(nn.Module):
 def orthogonalize(G):
     """Replace the singular values of a matrix G by about 1: U S V^T -> U V^T.
 
-    Newton-Schulz iteration: X -> 2 X - 1.5 (X X^T) X + 0.5 (X X^T)^2 X keeps U and V and moves each
-    singular value in (0, 1] towards 1. Raw momentum is dominated by a few singular directions; U V^T
-    gives all of them the same step size. Only bfloat16 matmuls, which are fast on GPUs.
+    Newton-Schulz iteration: X -> 2 X - 1.5 (X X^T) X + 0.5 (X X^T)^2 X keeps U and V and moves each singular
+    value in (0, 1] towards 1. Raw momentum is dominated by a few singular directions; U V^T gives all of them
+    the same step size. Only bfloat16 matmuls, which are fast on GPUs.
     """
     X = G.bfloat16()
     if G.size(0) > G.size(1):
@@ -138,12 +136,10 @@ class ModernGPT(GPT):
             raise UserError(f"head size {C} / {config.n_head} is not a multiple of 4, which half-truncated "
                             "RoPE needs; change --n_embd or --n_head")
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(V, C),
-            ln_0=nn.RMSNorm(C),
-            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=nn.RMSNorm(C)))
-        # Untied: the recipe gives embedding and head different initial values and learning rates. Adds
-        # 39M parameters at 124M, but no FLOPs, because the embedding is a lookup.
+            wte=nn.Embedding(V, C), ln_0=nn.RMSNorm(C),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]), ln_f=nn.RMSNorm(C)))
+        # Untied: the recipe gives embedding and head different initial values and learning rates. Adds 39M
+        # parameters at 124M, but no FLOPs, because the embedding is a lookup.
         self.lm_head = nn.Linear(C, V)
         self.apply(self._init_weights)
 
@@ -153,8 +149,8 @@ class ModernGPT(GPT):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=(0.33 / module.in_features) ** 0.5)
             nn.init.zeros_(module.bias)
-        # Zero-initialized output projections (Zhang et al. 2019, arXiv 1901.09321): each block starts
-        # as the identity. With a zero head the initial loss is ln(vocab_size).
+        # Zero-initialized output projections (Zhang et al. 2019, arXiv 1901.09321): each block starts as the
+        # identity. With a zero head the initial loss is ln(vocab_size).
         if isinstance(module, (Attention, MLP)):
             nn.init.zeros_(module.c_proj.weight)
         if module is self:
@@ -216,8 +212,8 @@ def main(argv=None):
 # To train your own architecture, copy this file, for example to mine.py.
 #
 # 1. arch = "mine": the name of the script. Checkpoints record it.
-# 2. hidden_states() calls embed, rotary_cos_sin, the blocks and transformer.ln_f; a block maps
-#    (B, T, C) to (B, T, C). Use causal_attention for the KV cache and HellaSwag's masks.
+# 2. hidden_states() calls embed, rotary_cos_sin, the blocks and transformer.ln_f; a block maps (B, T, C) to
+#    (B, T, C). Use causal_attention for the KV cache and HellaSwag's masks.
 # 3. logits() maps hidden states to logits; the loss is their cross-entropy.
 # 4. make_optimizers() returns {name: optimizer}. "ratio" in a parameter group multiplies --max_lr.
 # 5. `python mine.py` is a smoke run; compare its validation loss with that of the others.

@@ -1451,7 +1451,7 @@ class FlagParser(argparse.ArgumentParser):
             if name in self.overrides:
                 default, shown = self.overrides[name], None
             shown = default if shown is None else shown
-            options["help"] = help if shown in (None, False) else f"{help} (default: {shown})"
+            options["help"] = help if shown is None or shown is False else f"{help} (default: {shown})"
             if type is not None:
                 options["type"] = type
             group.add_argument(f"--{name}", default=default, **options)
@@ -2006,8 +2006,8 @@ def checkpoint_flags(cli_args, defaults, group_of, model_class, ckpt, is_resume)
     if is_resume and preset not in (None, "auto", saved["preset"]):
         model = {name: v for name, v in model_class.presets[preset].items() if group_of[name] == "model"}
         requested = model | cli_args
-    check_unchanged({f"--{name}": (saved[name], value) for name, value in requested.items()
-                     if group_of[name] in fixed})
+    check_unchanged("resume" if is_resume else f"use --init {cli_args['init']}", {
+        f"--{name}": (saved[name], value) for name, value in requested.items() if group_of[name] in fixed})
     if not is_resume:
         taken = ("data", "T", "val_tokens", "hellaswag") if eval_only else ()
         config = {name: saved[name] for name in group_of if group_of[name] == "model" or name in taken}
@@ -2025,14 +2025,14 @@ def checkpoint_flags(cli_args, defaults, group_of, model_class, ckpt, is_resume)
     return config
 
 
-def check_unchanged(values):
+def check_unchanged(action, values):
     """Raise UserError with a table of {name: (checkpoint, now)} where the two differ."""
     rows = [(name, old, new) for name, (old, new) in sorted(values.items()) if old != new]
     if rows:
         table = "".join(f"\n  {name:20} | {old!s:36} | {new}"
                         for name, old, new in [("flag", "checkpoint", "now"), *rows])
-        raise UserError("these flags differ from the checkpoint (omit them, or start a new run with another "
-                        f"--log_dir){table}")
+        raise UserError(f"cannot {action}: these flags differ from the checkpoint (omit them, or start a new "
+                        f"run with another --log_dir){table}")
 
 
 def print_changes(args, ckpt, model_class):
@@ -2105,7 +2105,7 @@ def load_hellaswag(args, is_explicit, tokenizer, dist):
     problem = None
     try:
         if hellaswag is None:
-            problem = "hellaswag.py is missing"
+            problem = "hellaswag.py, or a package that it needs, is missing"
         elif tokenizer is None or tokenizer.name != "gpt2" or args.vocab_size < tokenizer.n_vocab:
             problem = "it needs the GPT-2 vocabulary"
         elif dist.local_rank == 0:
@@ -2205,7 +2205,7 @@ def main(argv=None, model_class=GPT):
         compare_ranks(dist, {f"--{name}": value for name, value in cli_args.items()} | {
             "--dtype": args.dtype, "the training data": data and data.identity})
         if resume_ckpt and not args.eval_only:
-            check_unchanged({"--data": (resume_ckpt["data"], data.identity)})
+            check_unchanged("resume", {"--data": (resume_ckpt["data"], data.identity)})
         if args.inspect is not None:
             if dist.master_process:
                 inspect_step(args, data, tokenizer)
@@ -2229,8 +2229,9 @@ def run(args, dist, model_class, resume_ckpt, init_ckpt, data, tokenizer, exampl
         config = {f.name: getattr(args, f.name, f.default) for f in fields(GPTConfig)}
         model = model_class(GPTConfig(**config))
     model.to(dist.device)
-    wants_compile = args.compile and not args.eval_only
-    use_compile = all(dist.all_gather_object(wants_compile and can_compile(dist.device)))
+    wants_compile = dist.device.type == "cuda" if args.compile is None else args.compile
+    use_compile = all(dist.all_gather_object(
+        wants_compile and not args.eval_only and can_compile(dist.device)))
     B = choose_B(args, n_sequences, model, dist)
     if dist.device.type == "mps":
         check_mps(args, B)
