@@ -269,7 +269,7 @@ def main(argv=None):
         fail(f"--limit {args.limit}: must be at least 1")
     checkpoint = {}
     with contextlib.suppress(Exception):  # train_gpt2.main reports what is wrong with the file
-        checkpoint = train_gpt2.peek_checkpoint(args.model_type)
+        checkpoint = torch.load(args.model_type, map_location="meta", mmap=True, weights_only=True)
     if checkpoint.get("tokenizer") == "bytes":
         fail(f"{args.model_type} was trained on byte tokens; HellaSwag needs GPT-2's tokens")
     arch = checkpoint.get("arch") or "gpt2"

@@ -127,6 +127,7 @@ class ModernGPT(GPT):
     presets = {name: size | RECIPE | dict(n_head=N_HEAD[name]) for name, size in GPT2_SIZES.items()}
     presets["smoke"] = SMOKE | RECIPE | dict(n_layer=3, max_steps=SMOKE["max_steps"], eval_every=50)
     unsupported_flags = ("pos", "mlp", "norm")
+    lookup_only_params = ("transformer.wte.weight",)
 
     def __init__(self, config):
         nn.Module.__init__(self)  # not GPT's, which builds its own layers
@@ -171,9 +172,6 @@ class ModernGPT(GPT):
         # A soft cap (Gemma 2, arXiv 2408.00118, there with tanh) bounds the logits by +-15.
         z = apply_head(self.lm_head, x).float()
         return SOFT_CAP * z * (z.square() + SOFT_CAP**2).rsqrt()
-
-    def lookup_only_params(self):
-        return {"transformer.wte.weight"}
 
     def make_optimizers(self, args, device_type, zero):
         """Muon for the matrices in the blocks, AdamW for all other parameters.

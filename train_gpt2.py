@@ -21,7 +21,6 @@ import ctypes
 import functools
 import glob
 import hashlib
-import importlib.util
 import itertools
 import json
 import logging
@@ -95,7 +94,7 @@ def build_parser(model_class):
         "shards, --data, --resume or several ranks, else smoke", choices=("auto", *model_class.presets))
     add("init", user_path, "scratch", "initial weights: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl "
         "(Hugging Face), or the path of a checkpoint")
-    add("device", nonempty, "auto", "cuda, cuda:1, mps or cpu; auto: the first of cuda, mps and cpu")
+    add("device", str, "auto", "cuda, cuda:1, mps or cpu; auto: the first of cuda, mps and cpu")
     log_dir = "log" if model_class.arch == "gpt2" else f"log_{model_class.arch}"
     add("log_dir", user_path, log_dir, "directory for log, checkpoints and curves")
     add("resume", None, False, "resume from the latest valid checkpoint in --log_dir; start fresh if there "
@@ -142,11 +141,9 @@ def build_parser(model_class):
 
     add = parser.add_group("evaluation", "may change on --resume")
     add("eval_every", nonnegative_int, 250, "evaluation interval in steps, plus step 0 and the end (0 = off)")
-    add("val_tokens", nonnegative_int, None, "validation tokens per evaluation (0 = off)",
-        shown="10485760; 65536 on a CPU")
-    add("hellaswag", nonnegative_int, None, "HellaSwag examples per evaluation (0 = off)",
-        shown="10042; 0 on a CPU")
-    add("prompt", nonempty, "Hello, I'm a language model,", "prompt of the samples (- = stdin)",
+    add("val_tokens", nonnegative_int, 10485760, "validation tokens per evaluation (0 = off; on a CPU 65536)")
+    add("hellaswag", nonnegative_int, 10042, "HellaSwag examples per evaluation (0 = off; on a CPU 0)")
+    add("prompt", str, "Hello, I'm a language model,", "prompt of the samples (- = stdin)",
         metavar="TEXT")
     add("num_samples", nonnegative_int, 4, "samples per evaluation (0 = off)")
     add("sample_length", positive_int, None, "tokens per sample, prompt included",
@@ -160,7 +157,7 @@ def build_parser(model_class):
     add("save_every", nonnegative_int, 1000, "interval of last.pt in steps (0 = only at the end)")
     add("checkpoint_every", nonnegative_int, 5000, "interval of the permanent model_{step:05d}.pt in steps "
         "(0 = only at the end)")
-    add("wandb", str, "", "also log to this Weights & Biases project", shown="off", metavar="PROJECT")
+    add("wandb", str, None, "also log to this Weights & Biases project", shown="off", metavar="PROJECT")
     return parser
 
 
@@ -287,6 +284,7 @@ class GPT(nn.Module):
     arch = "gpt2"  # recorded in checkpoints
     presets = PRESETS  # {name: flags}; "gpt2" holds the defaults
     unsupported_flags = ()
+    lookup_only_params = ("transformer.wpe.weight",)  # embeddings without matmul; wte is also the output head
 
     def __init__(self, config):
         super().__init__()
@@ -397,18 +395,12 @@ class GPT(nn.Module):
         N counts all parameters but lookup-only embeddings: 2 FLOPs each in the forward pass, 4 in the
         backward pass. The attention term counts the full (T, T) matrix, as in the paper.
         """
-        lookup_only = self.lookup_only_params()
-        N = sum(p.numel() for name, p in self.named_parameters() if name not in lookup_only)
+        N = sum(p.numel() for name, p in self.named_parameters() if name not in self.lookup_only_params)
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
-
-    def lookup_only_params(self):
-        """Names of the embeddings that are only looked up. Not wte: it is also the output head."""
-        return {"transformer.wpe.weight"}
 
     @classmethod
     def from_pretrained(cls, model_type):
-        """Load a model in eval mode by Hugging Face name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or
-        checkpoint path. Raises UserError."""
+        """Load a model in eval mode by Hugging Face name (gpt2, ...) or checkpoint path. Raises UserError."""
         return cls.from_checkpoint(load_weights(model_type), model_type).eval()
 
     @classmethod
@@ -484,6 +476,15 @@ class Shard(NamedTuple):
     offset: int = 0
     array: np.ndarray | None = None
 
+    def read(self, start, count):
+        """Tokens [start, start + count). Raises OSError."""
+        if self.array is not None:
+            return self.array[start:start + count]
+        tokens = np.fromfile(self.path, "<u2", count, offset=self.offset + 2 * start)
+        if len(tokens) < count:
+            raise OSError(f"{self.path} was truncated: it had {self.count:,} tokens when the run started")
+        return tokens
+
 
 class TokenStream:
     """The concatenated shards of a split, read by position.
@@ -492,9 +493,11 @@ class TokenStream:
     would end up with the whole data set.
     """
 
-    def __init__(self, shards):
+    def __init__(self, shards, identity=None):
+        """identity: of the data, independent of its path; default: from the shards' names and counts."""
         self.shards, self.names, self.counts = shards, [s.name for s in shards], [s.count for s in shards]
         self.starts = [0, *itertools.accumulate(self.counts)]
+        self.identity = identity or data_identity({"shards": zip(self.names, self.counts, strict=True)})
 
     def __len__(self):
         return self.starts[-1]
@@ -505,26 +508,14 @@ class TokenStream:
         return i, position - self.starts[i]
 
     def read(self, start, count):
-        """Tokens [start, start + count) as uint16 (count,). Raises DataError."""
+        """Tokens [start, start + count) as uint16 (count,). Raises OSError."""
         parts = []
         while count > 0:
             i, offset = self.locate(start)
             n = min(count, self.counts[i] - offset)
-            parts.append(self.read_shard(self.shards[i], offset, n))
+            parts.append(self.shards[i].read(offset, n))
             start, count = start + n, count - n
         return np.concatenate(parts)
-
-    @staticmethod
-    def read_shard(shard, start, count):
-        if shard.array is not None:
-            return shard.array[start:start + count]
-        try:
-            tokens = np.fromfile(shard.path, "<u2", count, offset=shard.offset + 2 * start)
-        except OSError as e:
-            raise DataError(f"cannot read {shard.path} ({one_line(e)})") from e
-        if len(tokens) < count:
-            raise DataError(f"{shard.path} was truncated: it had {shard.count:,} tokens when the run started")
-        return tokens
 
 
 @functools.lru_cache(maxsize=2)  # a step may span two epochs
@@ -568,7 +559,7 @@ class DataLoaderLite:
         self.next_micro_step = step * self.grad_accum_steps
 
     def next_batch(self):
-        """Inputs and targets (B, T), int64 on the CPU, of this rank's next micro-step. Raises DataError."""
+        """Inputs and targets (B, T), int64 on the CPU, of this rank's next micro-step."""
         step, micro_step = divmod(self.next_micro_step, self.grad_accum_steps)
         self.next_micro_step += 1
         first = step * self.sequences_per_step
@@ -585,7 +576,7 @@ class DataLoaderLite:
         return windows
 
     def read(self, windows):
-        """Inputs and targets (len(windows), T) of these windows. Raises DataError."""
+        """Inputs and targets (len(windows), T) of these windows. Raises OSError, UserError."""
         batch = np.empty((2, len(windows), self.T), dtype=np.int64)
         run_starts = np.flatnonzero(np.diff(windows, prepend=-2) != 1)  # of consecutive windows
         for i, j in itertools.pairwise([*run_starts, len(windows)]):
@@ -593,7 +584,7 @@ class DataLoaderLite:
             ids = self.tokens.read(position, int(j - i) * self.T + 1)
             if ids.max() >= self.vocab_size:
                 shard, offset = self.tokens.locate(position + int(ids.argmax()))
-                raise DataError(f"{self.tokens.names[shard]} has token {ids.max()} at offset {offset}, "
+                raise UserError(f"{self.tokens.names[shard]} has token {ids.max()} at offset {offset}, "
                                 f"outside --vocab_size {self.vocab_size}; use a larger --vocab_size, or "
                                 "shards of GPT-2 tokens")
             batch[0, i:j], batch[1, i:j] = ids[:-1].reshape(-1, self.T), ids[1:].reshape(-1, self.T)
@@ -635,25 +626,18 @@ class Evaluator:
         self.args, self.dist, self.stop = args, dist, stop
         self.model, self.compiled_model = model, compiled_model
         self.loader, self.examples, self.prompt, self.tokenizer = loader, examples, prompt, tokenizer
-        self.n_windows = 0
+        self.n_windows = min(max(1, args.val_tokens // loader.T), loader.n_windows) if loader else 0
         if loader:
-            wanted = max(1, args.val_tokens // loader.T)
-            self.n_windows = min(wanted, loader.n_windows)
-            self.is_whole_split = self.n_windows < wanted
             loader.read(np.arange(1))  # fail before training if the val split is unreadable
 
     @contextlib.contextmanager
     def evaluation_mode(self):
         """Context: eval mode, no_grad, autocast, and no cuDNN attention."""
-        was_training = self.model.training
-        self.model.eval()
+        self.model.eval()  # Trainer.update() turns training mode on again
         # On Hopper, cuDNN attention takes seconds to plan for each new shape.
         backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        try:
-            with torch.no_grad(), autocast(self.args, self.dist.device), sdpa_kernel(backends):
-                yield
-        finally:
-            self.model.train(was_training)
+        with torch.no_grad(), autocast(self.args, self.dist.device), sdpa_kernel(backends):
+            yield
 
     def validate(self):
         """Mean loss over the first val_tokens of the split; None if off.
@@ -673,29 +657,27 @@ class Evaluator:
                     model = self.compiled_model if len(windows) == loader.B else self.model
                     with self.evaluation_mode():
                         total += model(x, y)[1] * len(windows)
-            except DataError as e:
+            except (OSError, UserError) as e:  # UserError: a token outside the vocabulary
                 self.stop.data_error = e
             self.stop.check()
         val_loss = dist.all_reduce_sum([total.item()])[0] / self.n_windows
-        note = f" (all {self.n_windows * loader.T:,} tokens of the split)" if self.is_whole_split else ""
-        print0(f"validation loss: {val_loss:.4f}{note}")
+        print0(f"validation loss: {val_loss:.4f}")
         return val_loss
 
-    def score_hellaswag(self, details=False):
+    def score_hellaswag(self):
         """HellaSwag accuracy (acc_norm: the lowest mean token loss wins); None if off."""
         if not self.examples:
             return None
         dist = self.dist
         with self.evaluation_mode():
-            if details and dist.master_process:
+            if self.args.eval_only and dist.master_process:
                 hellaswag.show_examples(self.model, self.examples, dist.device, self.tokenizer.decode)
             result = hellaswag.evaluate(self.model, self.examples, dist.device, dist.rank, dist.world_size,
                                         on_batch_end=self.stop.check, progress=dist.master_process)
-        correct, correct_norm, total, cropped = (int(n) for n in dist.all_reduce_sum(list(result)))
+        correct, correct_norm, total, cropped = dist.all_reduce_sum(result)
         print0(f"HellaSwag accuracy: {correct_norm}/{total}={correct_norm / total:.4f}")
-        if details and cropped:
+        if self.args.eval_only:
             print0(f"{cropped} examples cropped to block_size {self.model.config.block_size}")
-        if details:
             print0("\n".join(hellaswag.score_lines(correct, correct_norm, total)))
         return correct_norm / total
 
@@ -717,10 +699,9 @@ class Evaluator:
         """Print validation loss, HellaSwag accuracy and samples."""
         try:
             self.validate()
-            self.score_hellaswag(details=True)
+            self.score_hellaswag()
         except TrainingInterrupted:
-            reason = self.stop.data_error_message() if self.stop.data_failed else "interrupted"
-            raise RunError(reason) from None
+            raise RunError(self.stop.data_error_message() or "interrupted") from None
         for i, text in enumerate(self.sample()):
             print0(f"sample {i}: {text}")
 
@@ -742,26 +723,21 @@ class Trainer:
         self.raw_model, self.model, self.loader = raw_model, model, loader
         self.step = 0  # completed updates
         self.val_loss = None  # at this step
-        zero = args.zero and dist.world_size > 1
-        self.optimizers = raw_model.make_optimizers(args, dist.device.type, zero)
+        self.optimizers = raw_model.make_optimizers(args, dist.device.type, args.zero and dist.world_size > 1)
         # float16's smallest positive value is 6e-8; smaller gradients become 0. The scaler multiplies the
         # loss, and thereby the gradients, by a large factor and divides it out before clipping.
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=args.dtype == "float16")
         if resume_ckpt:
-            self.load_state(resume_ckpt)
+            for name, state in resume_ckpt.pop("optimizer").items():  # pop: free the memory
+                load_optimizer_state(self.optimizers[name], state)
+            if resume_ckpt["scaler"]:
+                self.scaler.load_state_dict(resume_ckpt["scaler"])
+            torch.set_rng_state(resume_ckpt.pop("rng"))
+            self.step = resume_ckpt["step"]
         loader.reset(self.step)
         self.fetch_batch()
         if stop.data_error:
             raise stop.data_error
-
-    def load_state(self, ckpt):
-        """Restore optimizers, scaler, random state and step from a checkpoint."""
-        for name, state in ckpt.pop("optimizer").items():  # pop: free the memory
-            load_optimizer_state(self.optimizers[name], state)
-        if ckpt["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(ckpt["scaler"])
-        torch.set_rng_state(ckpt.pop("rng"))
-        self.step = ckpt["step"]
 
     def fetch_batch(self):
         """Read the next micro-batch and start its copy while the device computes.
@@ -771,7 +747,7 @@ class Trainer:
         device, is_cuda = self.dist.device, self.dist.device.type == "cuda"
         try:
             batch = self.loader.next_batch()
-        except DataError as e:
+        except (OSError, UserError) as e:  # UserError: a token outside the vocabulary
             self.stop.data_error = e
             return
         # non_blocking needs pinned memory; from pageable memory it is unsafe on MPS (pytorch#189690).
@@ -801,8 +777,6 @@ class Trainer:
             loss_accum += loss.detach()
             self.fetch_batch()
         loss, norm = self.clip_and_all_reduce(loss_accum)
-        if self.stop.data_failed:
-            raise TrainingInterrupted
         self.check_finite(loss, norm)
         for optimizer in self.optimizers.values():
             for param_group in optimizer.param_groups:
@@ -827,8 +801,10 @@ class Trainer:
         if self.dist.world_size > 1:
             torch.distributed.all_reduce(shared)
         # .tolist() is the only host-device synchronization of the step (float16's scaler adds one).
-        loss, *flags, norm = torch.cat([shared, norm.view(1)]).tolist()
-        self.stop.set_agreed(flags)
+        loss, signals, data_errors, norm = torch.cat([shared, norm.view(1)]).tolist()
+        if data_errors:  # the batch is incomplete: discard this update
+            raise TrainingInterrupted
+        self.stop.agreed = signals > 0
         return loss / self.dist.world_size, norm
 
     def check_finite(self, loss, norm):
@@ -936,11 +912,7 @@ class Dist:
 
     def all_reduce_sum(self, values):
         """Elementwise sum over the ranks of a list of numbers."""
-        if self.world_size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total)
-        return total.tolist()
+        return [sum(column) for column in zip(*self.all_gather_object(values), strict=True)]
 
     def all_gather_object(self, value=None):
         """List of the picklable values of all ranks; also a barrier."""
@@ -954,21 +926,21 @@ class Dist:
 def init_distributed(device_name):
     """Read torchrun's environment, choose the device and yield a Dist inside a process group."""
     local_rank, world_size = rank("LOCAL_RANK"), int(os.environ.get("WORLD_SIZE", 1))
-    if rank() >= world_size:
+    if rank() >= world_size or (world_size > 1 and "MASTER_ADDR" not in os.environ):
         raise UserError(f"RANK is {rank()}, WORLD_SIZE is {world_size}; start with torchrun, or unset both")
     device = choose_device(device_name, local_rank, world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32: tensor cores, 10 mantissa bits instead of 23
     else:
-        keep_freed_memory()
-    if world_size > 1:
+        # Make glibc keep freed memory: each page returned to the system costs a page fault in the next step.
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX = 0: large tensors come from the heap, too
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never trim
+    if world_size > 1:  # the other ranks wait while rank 0 saves: allow 30 minutes
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        try:  # the other ranks wait while rank 0 saves: allow 30 minutes
-            torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
-        except ValueError as e:  # for example MASTER_ADDR is not set
-            raise UserError(f"cannot start {world_size} ranks ({one_line(e)}); start with torchrun, or unset "
-                            "WORLD_SIZE") from e
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
     dist = Dist(rank(), local_rank, world_size, device)
     dist.all_gather_object()  # if rank 0 fails before all have connected, they print connection errors
     yield dist
@@ -1022,14 +994,6 @@ def apply_head(head, x):
     return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
 
 
-def keep_freed_memory():
-    """Make glibc keep freed memory: each page returned to the system costs a page fault in the next step."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX = 0: large tensors come from the heap, too
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never trim
-
-
 def can_compile(device):
     """Try a tiny torch.compile; if it fails (no gcc, no Triton, old GPU) print a warning, return False."""
     if rank():  # torch._dynamo's warnings are the same on all ranks
@@ -1050,9 +1014,7 @@ def wrap_ddp_and_compile(model, dist, use_compile):
     """
     if dist.world_size > 1:
         # torch.compile splits the graph at bucket boundaries: use 100 MB instead of 25 MB
-        model = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=[dist.device.index] if dist.device.type == "cuda" else None,
-            gradient_as_bucket_view=True, bucket_cap_mb=100)
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=100)
     if not use_compile:
         return model
     if dist.device.type == "cpu":  # the compiled embedding backward uses atomic adds, whose order varies
@@ -1078,22 +1040,19 @@ def full_optimizer_state(optimizer, dist):
     if not hasattr(optimizer, "optim"):
         return optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    shard = optimizer.optim.state
+    shard, states = optimizer.optim.state, {}
     owners = dist.all_reduce_sum([dist.rank if p in shard else 0 for p in params])
     # Rank 0 always owns the largest tensor; its state has the same keys as all others.
     example = next(iter(shard.values()), {})
     keys = dist.all_gather_object([key for key, value in example.items() if value.dim()])[0]
-    states = {}
     for i, (p, owner) in enumerate(zip(params, owners, strict=True)):
         states[i] = {k: v.clone() for k, v in example.items() if not v.dim()}  # step counters
         for key in keys:
             tensor = shard[p][key] if owner == dist.rank else torch.empty_like(p)
-            torch.distributed.broadcast(tensor, int(owner))
+            torch.distributed.broadcast(tensor, owner)
             if dist.master_process:
-                states[i][key] = tensor.detach().cpu()
-    index = {id(p): i for i, p in enumerate(params)}
-    groups = [g | {"params": [index[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
-    return {"state": states, "param_groups": groups}
+                states[i][key] = tensor.cpu()
+    return torch.optim.Optimizer.state_dict(optimizer) | {"state": states}
 
 
 def load_optimizer_state(optimizer, saved):
@@ -1102,18 +1061,13 @@ def load_optimizer_state(optimizer, saved):
     Group settings (betas, weight decay, ...) come from the flags, not from the checkpoint. "ratio", the
     learning rate multiplier, comes from the checkpoint, and lr is set at each update.
     """
-    groups = [new | {key: old[key] for key in ("params", "lr", "ratio") if key in old}
-              for new, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    is_sharded = hasattr(optimizer, "optim")
-    for p, values in (optimizer.optim if is_sharded else optimizer).state.items():
-        for key, value in values.items():
-            if key == "step" and is_sharded:
-                value = value.to(p.device)  # ZeRO leaves it on the CPU
-            # load_state_dict keeps CPU tensors, which are views of the memory-mapped file
-            values[key] = value.clone() if value.device.type == "cpu" else value
-    if is_sharded:
-        optimizer.state.clear()  # ZeRO keeps a second copy of the shard here
+    local = getattr(optimizer, "optim", optimizer)  # with ZeRO, the optimizer of this rank's shard
+    shard = {p for group in local.param_groups for p in group["params"]}
+    for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group |= {key: old[key] for key in ("lr", "ratio") if key in old}
+        for i, p in zip(old["params"], group["params"], strict=True):
+            if p in shard:  # copy: the saved tensors are views of the memory-mapped file
+                local.state[p] = {k: v.to(p.device, copy=True) for k, v in saved["state"].get(i, {}).items()}
 
 
 # -----------------------------------------------------------------------------
@@ -1127,7 +1081,7 @@ class TrainingInterrupted(Exception):
 
 
 class StopSignal:
-    """Stop requests of this rank, and the flags that all ranks agreed on (agreed, data_failed).
+    """Stop requests of this rank.
 
     SIGTERM, SIGINT, SIGHUP or the death of torchrun stops the run after the current step or evaluation batch.
     A second signal exits at once. A data error exits with status 1.
@@ -1136,52 +1090,43 @@ class StopSignal:
     def __init__(self, dist):
         self.dist = dist
         self.local_signal, self.signal_time = 0, 0.0
-        self.data_error = None  # the DataError of this rank
-        self.agreed = self.data_failed = False
+        self.data_error = None  # of this rank
+        self.agreed = False  # whether any rank received a signal
 
     @contextlib.contextmanager
     def handlers(self):
         """Context: handle signals (main thread only); restore the old handlers on exit."""
-        signums = [signal.SIGTERM, signal.SIGINT]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            signums.append(signal.SIGHUP)  # it is ignored under nohup
+        signums = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}
         if threading.current_thread() is not threading.main_thread():
-            signums = []
-        old_handlers = {signum: signal.signal(signum, self.handle) for signum in signums}
-        try:
+            signums = ()
+        with contextlib.ExitStack() as stack:
+            for signum in signums:
+                if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                    stack.callback(signal.signal, signum, signal.signal(signum, self.handle))
             yield
-        finally:
-            for signum, handler in old_handlers.items():
-                signal.signal(signum, handler)
 
     def handle(self, signum, frame):
         # Slurm signals torchrun and its workers, and torchrun forwards the signal, so workers receive it
         # twice. Signals within one second count as one.
-        if self.local_signal and time.monotonic() - self.signal_time > 1:
-            os._exit(128 + signum)
         if not self.local_signal:
             self.local_signal, self.signal_time = signum, time.monotonic()
+        elif time.monotonic() - self.signal_time > 1:
+            os._exit(128 + signum)
 
     def local_flags(self):
-        """[signal, data error] of this rank as 0 or 1, to be summed over the ranks."""
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT_PID and not self.local_signal:
-            self.handle(signal.SIGTERM, None)  # torchrun died
-        return [int(self.local_signal > 0), int(self.data_error is not None)]
-
-    def set_agreed(self, flags):
-        self.agreed, self.data_failed = (flag > 0 for flag in flags)
+        """[signal or death of torchrun, data error] of this rank, to be summed over the ranks."""
+        is_orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT_PID
+        return [self.local_signal > 0 or is_orphan, self.data_error is not None]
 
     def check(self):
         """Raise TrainingInterrupted on all ranks if any rank has a reason to stop. Collective."""
-        self.set_agreed(self.dist.all_reduce_sum(self.local_flags()))
-        if self.agreed or self.data_failed:
+        if any(self.dist.all_reduce_sum(self.local_flags())):
             raise TrainingInterrupted
 
     def data_error_message(self):
-        """The message of the first rank that could not read its data. Collective."""
+        """The message of the first rank that could not read its data; None if all could. Collective."""
         messages = self.dist.all_gather_object(self.data_error and str(self.data_error))
-        rank, message = next((rank, m) for rank, m in enumerate(messages) if m)
-        return message if rank == self.dist.rank else f"rank {rank}: {message}"
+        return next((f"rank {i}: {m}" if i else m for i, m in enumerate(messages) if m), None)
 
 
 # -----------------------------------------------------------------------------
@@ -1207,20 +1152,17 @@ def atomic_write(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
+    finally:
+        with contextlib.suppress(OSError):  # it exists only after an error
             os.remove(tmp)
-        raise
 
 
 def link_or_copy(source, path):
     """Make `path` a hard link to `source`, or a copy where links are not supported."""
-    tmp = f"{path}.link.tmp"
     with contextlib.suppress(FileNotFoundError):
-        os.remove(tmp)
+        os.remove(path)
     try:
-        os.link(source, tmp)
-        os.replace(tmp, path)
+        os.link(source, path)
     except OSError:
         with open(source, "rb") as old, atomic_write(path) as new:
             shutil.copyfileobj(old, new)
@@ -1246,17 +1188,14 @@ def save_checkpoint(state, log_dir, permanent, final):
         warn(f"{message}, training continues")
 
 
-class PickledConfig:
-    """Placeholder for build-nanogpt's pickled GPTConfig; only its attributes are read."""
-
-
 def load_checkpoint(path):
     """Load a checkpoint of this project or of build-nanogpt as a dict. Raises UserError.
 
     Verifies the CRC and executes no code. On POSIX the tensors are mapped from the file, so that ranks on
     one machine share the memory.
     """
-    allowed = [(PickledConfig, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2", "model")]
+    # build-nanogpt pickled its GPTConfig
+    allowed = [(GPTConfig, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2", "model")]
     try:
         with zipfile.ZipFile(path) as archive:
             # The CRC does not cover external attributes; torch reads entries with the directory bit as empty.
@@ -1264,11 +1203,10 @@ def load_checkpoint(path):
             if damaged := archive.testzip() or next(odd, None):
                 raise ValueError(f"damaged in {damaged}")
         with torch.serialization.safe_globals(allowed):
-            load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
             try:
-                ckpt = load(mmap=os.name == "posix")
+                ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             except (OSError, RuntimeError):  # storage without mmap
-                ckpt = load()
+                ckpt = torch.load(path, map_location="cpu", weights_only=True)
         config = ckpt["config"]
         ckpt["config"] = dict(config if isinstance(config, dict) else vars(config))
         ckpt["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): value
@@ -1278,20 +1216,11 @@ def load_checkpoint(path):
         raise UserError(f"{path} is not a valid checkpoint ({one_line(e)})") from None
 
 
-def peek_checkpoint(path):
-    """Load a checkpoint without tensor data, unverified. Raises the errors of torch.load."""
-    return torch.load(path, map_location="meta", mmap=True, weights_only=True)
-
-
 def find_latest_checkpoint(log_dir):
-    """Load the valid checkpoint of the largest step, with an extra key "path"; None if there is none.
-
-    Raises UserError if all of them are damaged.
-    """
+    """Load the valid checkpoint of the largest step; None if log_dir has none. Raises UserError."""
     def step_of(path):
-        number = re.search(r"model_(\d+)\.pt$", path)
         try:
-            return int(number[1]) if number else peek_checkpoint(path)["step"]
+            return torch.load(path, map_location="meta", mmap=True, weights_only=True)["step"]
         except Exception:
             return math.inf  # unreadable: sorted first, so that its warning is printed
 
@@ -1327,20 +1256,14 @@ def data_identity(data):
 
 
 def is_finished(ckpt, args):
-    """Return whether the run is complete at this --max_steps; if so, print it.
-
-    Raises UserError if max_steps is below its step.
-    """
+    """Return whether the run is complete at --max_steps; if so, print it. Raises UserError."""
     step, val_loss = ckpt["step"], ckpt["val_loss"]
     if args.max_steps < step:
         raise UserError(f"--max_steps {args.max_steps} is below step {step} of {ckpt['path']}")
-    # checkpoints of earlier versions have no "finished"
-    if args.max_steps > step or not ckpt.get("finished", val_loss is not None):
+    # checkpoints of earlier versions have no "finished"; a run killed before the link has no model_N.pt
+    is_complete = ckpt.get("finished", val_loss is not None)
+    if args.max_steps > step or not is_complete or not os.path.exists(f"{args.log_dir}/model_{step:05d}.pt"):
         return False
-    for name in ("last.pt", f"model_{step:05d}.pt"):  # one is missing if the run was killed before the link
-        path = os.path.join(args.log_dir, name)
-        if rank() == 0 and not os.path.exists(path):
-            link_or_copy(ckpt["path"], path)
     loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
     print0(f"the run in {args.log_dir} is finished: {step} steps{loss}; to train longer, pass a larger "
            "--max_steps")
@@ -1352,8 +1275,7 @@ def is_finished(ckpt, args):
 
 
 def load_weights(name):
-    """Load a checkpoint by path, or Hugging Face weights by name or directory, as a dict with config,
-    model, tokenizer and flags. Raises UserError."""
+    """Load the weights of a checkpoint path or a Hugging Face name or directory as a checkpoint dict."""
     if name not in GPT2_SIZES and not os.path.isfile(os.path.join(name, "model.safetensors")):
         ckpt = load_checkpoint(name)
         ckpt.pop("optimizer", None)  # free the memory
@@ -1367,9 +1289,7 @@ def load_weights(name):
     c = hf.config
     config = dict(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
                   n_embd=c.n_embd)
-    state = {name: value for name, value in hf.state_dict().items()
-             if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # buffers, not weights
-    return dict(config=config, model=transpose_conv1d(state), tokenizer="gpt2", flags={})
+    return dict(config=config, model=transpose_conv1d(hf.state_dict()), tokenizer="gpt2", flags={})
 
 
 def transpose_conv1d(state):
@@ -1386,14 +1306,11 @@ def export_hf(model, directory):
                         "gelu --norm layernorm")
     import transformers
 
-    vocab_size = min(c.vocab_size, 50257)
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    state = transpose_conv1d(model.state_dict())
-    for name in ("transformer.wte.weight", "lm_head.weight"):
-        state[name] = state[name][:vocab_size]
-    hf.load_state_dict(state)
+    hf.load_state_dict(transpose_conv1d(model.state_dict()))
+    hf.resize_token_embeddings(min(c.vocab_size, 50257))
     os.makedirs(directory, exist_ok=True)
     hf.save_pretrained(directory)
     print0(f"wrote {directory}; load it with GPT2LMHeadModel.from_pretrained({directory!r})")
@@ -1403,165 +1320,109 @@ def export_hf(model, directory):
 # Parsing of flags
 
 
-def number(kind, low, strict=False):
-    """An argparse type: a finite int or float of at least `low`, or above it if strict."""
-    high = 2**63 - 1 if kind is int else sys.float_info.max
-
+def number(kind, low, high):
+    """An argparse type: an int or float from `low` to `high`."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or (strict and value == low):  # also rejects nan
-            bound = f"greater than {low}" if strict else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"must be {bound} and at most {high:g}, got {text[:40]}")
+        if not low <= value <= high:  # also rejects nan
+            raise argparse.ArgumentTypeError(f"must be at least {low} and at most {high:g}, got {text[:40]}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's own messages
     return parse
 
 
-positive_int, nonnegative_int = number(int, 1), number(int, 0)
-positive_float, nonnegative_float = number(float, 0.0, strict=True), number(float, 0.0)
-
-
-def nonempty(text):
-    if not text:  # most often an unset shell variable
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
+positive_int, nonnegative_int = number(int, 1, 2**63 - 1), number(int, 0, 2**63 - 1)
+positive_float, nonnegative_float = number(float, 1e-30, 1e30), number(float, 0.0, 1e30)
 
 
 def user_path(text):
-    return os.path.expanduser(nonempty(text))  # shells do not expand the ~ of --data=~/shards
+    if not text:  # most often an unset shell variable
+        raise argparse.ArgumentTypeError("must not be empty")
+    return os.path.expanduser(text)  # shells do not expand the ~ of --data=~/shards
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse without abbreviations that raises UserError. group_of: {flag: title of its group}."""
+    """argparse that raises UserError; parse_args() returns only the flags that were given.
+
+    defaults: {flag: value}; group_of: {flag: title of its group}.
+    """
 
     def __init__(self, description, overrides, unsupported):
         super().__init__(description=description, usage="%(prog)s [--flag value ...]", allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.overrides, self.unsupported, self.group_of = overrides, unsupported, {}
+        self.overrides, self.unsupported, self.defaults, self.group_of = overrides, unsupported, {}, {}
 
     def add_group(self, title, description):
-        """Return add(name, type, default, help, ...), which adds a flag to a new group."""
-        group = self.add_argument_group(title, description)
+        """Return add_flag() for a new group."""
+        return functools.partial(self.add_flag, self.add_argument_group(title, description))
 
-        def add(name, type, default, help, shown=None, **options):
-            if name in self.unsupported:
-                return
-            self.group_of[name] = title
-            if name in self.overrides:
-                default, shown = self.overrides[name], None
-            shown = default if shown is None else shown
-            options["help"] = help if shown is None or shown is False else f"{help} (default: {shown})"
-            if type is not None:
-                options["type"] = type
-            group.add_argument(f"--{name}", default=default, **options)
-
-        return add
+    def add_flag(self, group, name, type, default, help, shown=None, **options):
+        if name in self.unsupported:
+            return
+        default = self.overrides.get(name, default)
+        self.defaults[name], self.group_of[name] = default, group.title
+        shown = shown if default is None else default
+        options["help"] = help if shown is None or shown is False else f"{help} (default: {shown})"
+        if type is not None:
+            options["type"] = type
+        group.add_argument(f"--{name}", **options)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
-
-
-def parse_cli(parser, argv):
-    """Parse argv into (explicitly given flags, all defaults), two dicts. Raises UserError."""
-    defaults, unset = vars(parser.parse_args([])), object()
-    cli_args = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
-    return {name: value for name, value in cli_args.items() if value is not unset}, defaults
 
 
 # -----------------------------------------------------------------------------
 # Tokenizer, text files and directories of shards
 
 
-class Tokenizer:
-    """Text to GPT-2 token ids and back.
-
-    name: "gpt2" (BPE), or "bytes", which uses only GPT-2's 256 single-byte tokens. n_vocab: number of ids
-    that may be sampled.
-    """
-
-    def __init__(self, bpe=None):
-        self.bpe = bpe
-        self.name, self.n_vocab = ("gpt2", 50257) if bpe else ("bytes", 256)
-        # GPT-2's ids 0..255 are the printable bytes, then the others.
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        self.byte_of_id = bytes(printable + sorted({*range(256)} - {*printable}))
-        self.id_of_byte = bytes(map(self.byte_of_id.index, range(256)))
-
-    def encode(self, text):
-        """Token ids of a text, uint16 (n,). <|endoftext|> in it is ordinary text."""
-        if self.bpe:
-            return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
-        ids = text.encode("utf-8", "replace").translate(self.id_of_byte)
-        return np.frombuffer(ids, np.uint8).astype(np.uint16)
-
-    def decode(self, ids):
-        """Text of token ids; U+FFFD for incomplete characters and unknown ids."""
-        one = self.bpe.decode_bytes if self.bpe else lambda ids: self.byte_of_id[ids[0]:ids[0] + 1]
-        parts = (one([int(i)]) if i < self.n_vocab else b"\xff" for i in ids)
-        return b"".join(parts).decode("utf-8", errors="replace")
-
-
 def get_tokenizer(name="gpt2"):
-    """Load a Tokenizer by name, "gpt2" or "bytes". Raises UserError."""
-    if name == "bytes":
-        return Tokenizer()
+    """Load a tiktoken.Encoding: "gpt2", or "bytes", GPT-2's 256 single-byte tokens. Raises UserError."""
     import requests
-    import tiktoken.load
+    import tiktoken
 
-    def read_file(url):  # tiktoken's own download has no timeout
-        response = requests.get(url, timeout=10)
-        response.raise_for_status()
-        return response.content
-
-    tiktoken.load.read_file = read_file
+    if name == "bytes":  # GPT-2's ids 0..255 are the printable bytes, then the others
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        byte_of_id = printable + sorted({*range(256)} - {*printable})
+        ranks = {bytes([byte]): i for i, byte in enumerate(byte_of_id)}
+        return tiktoken.Encoding(name, pat_str="(?s).", mergeable_ranks=ranks, special_tokens={})
+    requests.get = functools.partial(requests.get, timeout=10)  # tiktoken's download has no timeout
     try:
-        return Tokenizer(tiktoken.get_encoding("gpt2"))
+        return tiktoken.get_encoding("gpt2")
     except Exception as e:  # network, proxy or cache directory
         raise UserError(f"could not download the GPT-2 vocabulary ({one_line(e, 100)}); copy tiktoken's "
                         "cache directory from a machine that has it and set TIKTOKEN_CACHE_DIR") from e
 
 
 def load_tokenizer(name, dist, has_shards):
-    """Load the same Tokenizer on all ranks; rank 0 decides which. Collective.
+    """Load the same tokenizer on all ranks; rank 0 decides which. Collective. Raises UserError.
 
-    If the GPT-2 vocabulary is unavailable, a new run on a text (name None) uses byte tokens, and a run on
-    shards has no samples and no HellaSwag (None). Both print a warning; other runs raise UserError.
+    Without the GPT-2 vocabulary, it is "bytes" for a new run on a text (name None), None for a run on shards.
     """
-    tokenizer = None
     if dist.master_process:
         try:
-            tokenizer = get_tokenizer(name or "gpt2")
+            name = get_tokenizer(name or "gpt2").name
         except UserError as e:
             if name and not has_shards:
                 raise
-            tokenizer = None if has_shards else get_tokenizer("bytes")
+            name = None if has_shards else "bytes"
             warn(f"{e}. " + ("No samples and no HellaSwag" if has_shards else
                              "Reading the text as byte tokens (ids 0-255)"))
-    name = dist.all_gather_object(tokenizer and tokenizer.name)[0]
-    return tokenizer or (get_tokenizer(name) if name else None)
+    name = dist.all_gather_object(name)[0]
+    return get_tokenizer(name) if name else None
 
 
 def read_text(path):
     """Read a UTF-8 text file. Raises UserError, also for data formats that are not plain text."""
-    if path.lower().endswith((".npy", ".bin")):
-        raise UserError(f"--data {path}: use the directory of the shards, with 'train' and 'val' in their "
-                        "names")
-    if path.lower().endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".zip", ".zst", ".npz")):
-        raise UserError(f"--data {path} is not plain text; tokenize documents (.txt, .jsonl, .parquet) with "
-                        f"`python fineweb.py --files {path} --out DIR`")
     try:
+        if path.lower().endswith((".json", ".jsonl", ".csv", ".tsv")):  # binary formats are not UTF-8
+            raise ValueError("a data format")
         with open(path, encoding="utf-8-sig") as f:  # without a byte order mark
             return f.read()
-    except UnicodeDecodeError as e:
-        raise UserError(f"--data {path} is not UTF-8 text (byte {e.start:,}); convert it to UTF-8") from e
-
-
-def split_of(name):
-    """'train' or 'val' for the file name of a shard, else None."""
-    if name.startswith(".") or not name.endswith((".npy", ".bin")):
-        return None
-    return ([None] + re.findall(r"(?<![a-zA-Z])(train|val)(?![a-zA-Z])", name))[-1]
+    except ValueError as e:
+        raise UserError(f"--data {path} is not UTF-8 text ({one_line(e)}); pass the directory of shards, or "
+                        f"tokenize documents with `python fineweb.py --files {path} --out DIR`") from e
 
 
 def open_shard(path):
@@ -1587,89 +1448,80 @@ def open_shard(path):
 
 
 def open_shards(path):
-    """(train, val) TokenStreams of the shards in a directory, sorted by name. Raises UserError.
+    """{"train": TokenStream, "val": TokenStream} of the shards in a directory, sorted by name.
 
-    If fineweb.py wrote a manifest.json there, the shards must be the listed ones.
+    Raises UserError, also if they are not those of a manifest.json that fineweb.py wrote there.
     """
     if not os.path.isdir(path):
-        fix = "run `python fineweb.py`, or use --data" if path == SHARDS_DIR else "check --data"
-        raise UserError(f"no such file or directory: {path}; {fix}")
-    names = sorted(os.listdir(path))
-    shards = {split: [n for n in names if split_of(n) == split] for split in ("train", "val")}
+        raise UserError(f"no such file or directory: {path}; check --data, or run `python fineweb.py`")
+    names = [name for name in sorted(os.listdir(path)) if re.fullmatch(r"[^.].*\.(npy|bin)", name)]
+    word = r"(?<![a-zA-Z])(train|val)(?![a-zA-Z])"  # the last one in a name is its split
+    shards = {split: [n for n in names if re.findall(word, n)[-1:] == [split]] for split in ("train", "val")}
     for split, found in shards.items():
         if not found:
             raise UserError(f"no {split} shards in {path}: needs a .npy or .bin file with '{split}' in its "
                             f"name. To tokenize text files: `python fineweb.py --files '{path}/*' --out DIR`")
     if len({name[-4:] for found in shards.values() for name in found}) > 1:
         raise UserError(f"{path} holds two data sets, .npy and .bin files; keep one of them")
-    train, val = (TokenStream([open_shard(os.path.join(path, n)) for n in found])
-                  for found in shards.values())
-    if "manifest.json" in names:
+    streams = {split: TokenStream([open_shard(os.path.join(path, n)) for n in found])
+               for split, found in shards.items()}
+    if os.path.exists(os.path.join(path, "manifest.json")):
+        found = {(shard.name, shard.count) for stream in streams.values() for shard in stream.shards}
         try:
             with open(os.path.join(path, "manifest.json"), encoding="utf-8") as f:
                 manifest = json.load(f)
-            listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
-            is_complete = manifest.get("complete", True)
-        except Exception as e:
-            raise UserError(f"{path}/manifest.json was not written by fineweb.py ({one_line(e)})") from e
-        differing = listed.items() ^ {(shard.name, shard.count) for shard in train.shards + val.shards}
-        if differing or not is_complete:
-            raise UserError(f"{path} is incomplete or differs from its manifest.json (differing: "
-                            f"{sorted(dict(differing))[:3]}); rerun the command that made it, or check it "
-                            f"with `python fineweb.py --verify --out {path}`")
-    return train, val
-
-
-class Data(NamedTuple):
-    """Token streams of --data, and a string that identifies the training data independent of its path."""
-
-    train: TokenStream
-    val: TokenStream
-    identity: str
+            differing = found ^ {(shard["name"], shard["tokens"]) for shard in manifest["shards"]}
+            if differing or not manifest.get("complete", True):
+                raise ValueError(f"differing: {sorted(dict(differing))[:3]}")
+        except (ValueError, LookupError, TypeError) as e:  # also if another program wrote it
+            raise UserError(f"{path} is incomplete or differs from its manifest.json ({one_line(e)}); rerun "
+                            "the command that made it, or check it with `python fineweb.py --verify --out "
+                            f"{path}`") from e
+    return streams
 
 
 def load_data(args, is_explicit, ckpt, dist):
     """Load --data, a directory of shards or a text file, and its tokenizer. Raises UserError.
 
-    Returns (Data, Tokenizer). Data is None if --eval_only needs no validation data, Tokenizer is None if no
-    text is read or printed.
+    Returns ({"train": TokenStream, "val": TokenStream}, tokenizer), or {} if --eval_only needs no validation
+    data, and None if no text is read or printed.
     """
-    path, data, text = args.data, None, None
-    can_skip = args.eval_only and args.inspect is None
-    if can_skip and (not args.val_tokens or not (is_explicit or os.path.exists(path))):
+    path, streams, text = args.data, {}, None
+    if args.eval_only and not (args.val_tokens and (is_explicit or os.path.exists(path))):
         if args.val_tokens:
             print0(f"validation is off: no data at {path}")
-    elif path == SMOKE_TEXT and not os.path.exists(path):
-        raise UserError(f"the smoke run reads {path}, which is missing; use --data with a text file")
     elif os.path.isfile(path):
         text = read_text(path)
     else:
-        train, val = open_shards(path)
-        pairs = list(zip(train.names, train.counts, strict=True))
-        data = Data(train, val, data_identity({"shards": pairs}))
+        streams = open_shards(path)
     name = ckpt.get("tokenizer", "gpt2") if ckpt else None
-    if data and name == "bytes":
+    if streams and name == "bytes":
+        raise UserError(f"the checkpoint was trained on byte tokens, but {path} holds GPT-2 tokens; use "
+                        "--data with its text file")
+    if streams and name == "bytes":
         raise UserError(f"the checkpoint was trained on byte tokens, but {path} holds GPT-2 tokens; use "
                         "--data with its text file")
     tokenizer = None
     if text is not None or args.num_samples or args.hellaswag or args.inspect is not None:
-        tokenizer = load_tokenizer(name, dist, data is not None)
+        tokenizer = load_tokenizer(name, dist, bool(streams))
+    if args.sample_length is None:
+        args.sample_length = 128 if tokenizer and tokenizer.name == "bytes" else 32
     if text is not None:
-        tokens = tokenizer.encode(text)
+        tokens = np.array(tokenizer.encode_ordinary(text), dtype=np.uint16)
         n = int(0.9 * len(tokens))  # the first 90% are train, the rest val
-        streams = (TokenStream([Shard(os.path.basename(path), len(part), array=part)])
-                   for part in (tokens[:n], tokens[n:]))
-        sha256 = hashlib.sha256(text.encode()).hexdigest()
-        data = Data(*streams, data_identity({"shards": None, "kind": sha256, "tokens": n}))
-    return data, tokenizer
+        identity = data_identity(dict(shards=None, kind=hashlib.sha256(text.encode()).hexdigest(), tokens=n))
+        streams = {split: TokenStream([Shard(os.path.basename(path), len(part), array=part)], identity)
+                   for split, part in (("train", tokens[:n]), ("val", tokens[n:]))}
+    return streams, tokenizer
 
 
 def encode_prompt(args, tokenizer):
     """Token ids of --prompt (- = stdin); [] if samples are off. Raises UserError."""
     if not args.num_samples or tokenizer is None:
         return []
-    prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if args.prompt == "-" else args.prompt
-    ids, limit = tokenizer.encode(prompt).tolist(), min(args.block_size, args.sample_length - 1)
+    if args.prompt == "-":  # the checkpoint records the text
+        args.prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    ids, limit = tokenizer.encode_ordinary(args.prompt), min(args.block_size, args.sample_length - 1)
     if not 0 < len(ids) <= limit:
         raise UserError(f"--prompt has {len(ids)} tokens; --block_size {args.block_size} and --sample_length "
                         f"{args.sample_length} allow 1 to {limit}")
@@ -1713,109 +1565,103 @@ def open_log_dir(args):
     return lock_log_dir(path)
 
 
-class StepFile:
-    """Text file of lines that start with a step. Opening it drops the lines of steps that will be repeated.
+def open_step_file(path, from_step, evaluates):
+    """Open a text file, whose lines start with a step, for appending. Drops the lines that will be repeated.
 
-    After a failed write (disk full) the lines stay in the buffer and are written with later ones.
+    evaluates: whether from_step is evaluated again; else its evaluations are kept.
     """
-
-    def __init__(self, path, from_step, evaluates):
-        """evaluates: whether from_step is evaluated again; else its evaluations are kept."""
-        self.path, self.warned, lines = path, False, []
-        if os.path.exists(path):
-            with open(path, "rb") as f:
-                lines = [x for x in f if x.endswith(b"\n") and x.split(b" ")[0].isdigit()]
-        evaluations = rb"%d (val|hella|sample) " % from_step
-        with atomic_write(path) as f:
-            f.write(b"".join(line for line in lines if int(line.split()[0]) < from_step or (
-                not evaluates and re.match(evaluations, line))))
-        self.file = open(path, "ab", buffering=1 << 20)
-
-    def write(self, text):
-        try:
-            self.file.write(text.encode())
-            self.file.flush()
-        except OSError as e:
-            if not self.warned:
-                warn(f"cannot write {self.path} ({one_line(e)}); trying again at every step")
-            self.warned = True
-
-    def close(self):
-        try:
-            self.file.close()
-        except OSError as e:
-            warn(f"the last lines of {self.path} are missing ({one_line(e)})")
+    lines, evaluations = [], rb"%d (val|hella|sample) " % from_step
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
+        lines = [x for x in f if re.match(rb"\d+ .*\n", x)]
+    with atomic_write(path) as f:
+        f.write(b"".join(line for line in lines if int(line.split()[0]) < from_step or (
+            not evaluates and re.match(evaluations, line))))
+    return open(path, "ab", buffering=1 << 20)
 
 
 class RunLog:
     """Output of rank 0: console, log.txt, samples.txt, config.json, curves.png, Weights & Biases."""
 
-    def __init__(self, trainer, settings):
-        """settings: written to config.json, next to the trainer's run_metadata."""
+    def __init__(self, trainer, streams, use_compile):
         self.args = args = trainer.args
-        self.flops_per_step = trainer.raw_model.flops_per_token(args.T) * args.total_batch_size
-        self.peak_flops = peak_flops(trainer.dist, args.dtype)
-        self.n_timed, self.seconds = -3, 0.0  # the first steps are slower: compile, warm-up
-        files = (os.path.join(args.log_dir, name) for name in ("log.txt", "samples.txt"))
-        self.log_file, self.samples_file = (
-            StepFile(path, trainer.step, is_evaluated(trainer.step, args)) for path in files)
-        settings |= trainer.run_metadata
+        dist, loader = trainer.dist, trainer.loader
+        name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
+        device = f"{dist.device} ({name})"
+        print0(f"using device: {device}, {args.dtype}, compile {'on' if use_compile else 'off'}")
+        print0(f"total desired batch size: {args.total_batch_size}")
+        print0(f"=> calculated gradient accumulation steps: {loader.grad_accum_steps} (B {loader.B}, "
+               f"T {args.T}, ranks {dist.world_size})")
+        for split, stream in streams.items():
+            print0(f"found {len(stream.names)} shards for split {split}: {len(stream):,} tokens")
+        epochs = args.max_steps * loader.sequences_per_step / loader.n_windows
+        print0(f"max_steps {args.max_steps} is {epochs:.3f} epochs of {loader.n_windows:,} windows")
+
+        settings = trainer.run_metadata | dict(
+            B=loader.B, world_size=dist.world_size, device=device, compile=use_compile,
+            first_shard=loader.tokens.names[0], torch=torch.__version__)
         settings["model"] = settings.pop("config")
         with atomic_write(os.path.join(args.log_dir, "config.json")) as f:
             f.write(json.dumps(settings, indent=1).encode())
-        self.plot_script, self.plot_process = os.path.join(HERE, "plot.py"), None
-        self.can_draw = os.path.isfile(self.plot_script) and bool(importlib.util.find_spec("matplotlib"))
-        self.wandb = None
+        self.log_file, self.samples_file = (
+            open_step_file(os.path.join(args.log_dir, name), trainer.step, is_evaluated(trainer.step, args))
+            for name in ("log.txt", "samples.txt"))
+        self.flops_per_step = trainer.raw_model.flops_per_token(args.T) * args.total_batch_size
+        self.peak_flops = peak_flops(dist, args.dtype)
+        self.write_failed, self.plot_process, self.wandb = False, None, None
         if args.wandb:
             import wandb
 
             self.wandb = wandb.init(project=args.wandb, dir=args.log_dir, config=settings,
                                     id=settings["wandb_id"], resume="allow")
 
+    def write(self, file, text):
+        """Append to a file. After a failure (disk full) the text stays in its buffer for the next call."""
+        try:
+            file.write(text.encode())
+            file.flush()
+        except OSError as e:
+            if not self.write_failed:
+                warn(f"cannot write {file.name} ({one_line(e)}); trying again at every step")
+            self.write_failed = True
+
     def log(self, step, **values):
         """Write train, val, hella and norm to log.txt, and everything to W&B."""
         digits = dict(train=6, val=4, hella=4, norm=4)
-        self.log_file.write("".join(f"{step} {name} {values[name]:.{n}f}\n" for name, n in digits.items()
-                                    if values.get(name) is not None))
+        lines = (f"{step} {name} {values[name]:.{n}f}\n" for name, n in digits.items()
+                 if values.get(name) is not None)
+        self.write(self.log_file, "".join(lines))
         if self.wandb:
             self.wandb.log(values, step=step)
 
     def log_update(self, step, loss, norm, lr, dt):
         """Print and log one update; print the remaining time now and then."""
-        self.n_timed += 1
-        self.seconds += dt if self.n_timed > 0 else 0.0
-        tokens_per_sec = self.args.total_batch_size / dt
+        tokens_per_sec, max_steps = self.args.total_batch_size / dt, self.args.max_steps
         mfu = self.flops_per_step / dt / self.peak_flops if self.peak_flops else None
         self.log(step, train=loss, norm=norm, lr=lr, dt=dt, tok_per_sec=tokens_per_sec, mfu=mfu)
         mfu_text = "" if mfu is None else f" | mfu: {100 * mfu:.1f}%"
         print0(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
                f"dt: {dt * 1000:.2f}ms | tok/sec: {tokens_per_sec:.2f}{mfu_text}")
-        done, max_steps = step + 1, self.args.max_steps
-        if self.n_timed == 7 or (self.n_timed > 0 and done % max(25, max_steps // 50) == 0):
-            left = timedelta(seconds=round(self.seconds / self.n_timed * (max_steps - done)))
-            print0(f"{100 * done / max_steps:.1f}% done, ETA {left}")
+        if step % max(25, max_steps // 50) == 10:
+            left = timedelta(seconds=round(dt * (max_steps - step - 1)))
+            print0(f"{100 * (step + 1) / max_steps:.1f}% done, ETA {left}")
 
     def log_samples(self, step, texts):
         for i, text in enumerate(texts):
             print0(f"rank 0 sample {i}: {text}")
-            self.samples_file.write(f"{step} sample {i}: {json.dumps(text, ensure_ascii=False)}\n")
+            self.write(self.samples_file, f"{step} sample {i}: {json.dumps(text, ensure_ascii=False)}\n")
 
     def draw_curves(self, timeout=0.0):
-        """Redraw curves.png in a background process, unless the last one is still running after `timeout`."""
-        if self.plot_process:
-            try:
-                self.can_draw = self.plot_process.wait(timeout) == 0  # it prints its error
-            except subprocess.TimeoutExpired:
-                return
-        if self.can_draw:
-            with contextlib.suppress(OSError):  # no memory for another process: try again next time
-                self.plot_process = subprocess.Popen(
-                    [sys.executable, self.plot_script, self.args.log_dir], stdout=subprocess.DEVNULL,
-                    start_new_session=True)  # Ctrl-C must not reach it
+        """Redraw curves.png in the background, unless the last process runs, or failed (no matplotlib)."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            if self.plot_process is None or self.plot_process.wait(timeout) == 0:
+                self.plot_process = subprocess.Popen(  # in its own session: Ctrl-C must not reach it
+                    [sys.executable, os.path.join(HERE, "plot.py"), self.args.log_dir],
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def close(self):
-        self.log_file.close()
-        self.samples_file.close()
+        with contextlib.suppress(OSError):  # write() has warned
+            self.log_file.close()
+            self.samples_file.close()
         self.draw_curves(timeout=60)
         if self.plot_process:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -1843,9 +1689,8 @@ def peak_flops(dist, dtype):
 # -----------------------------------------------------------------------------
 # Errors
 #
-# A user error prints one line to stderr and exits with status 2. Every rank runs the same checks. Ranks other
-# than 0 wait before they print, so that rank 0 reports first and torchrun then ends them. An error on a
-# single rank is printed by that rank.
+# Every rank runs the same checks. Ranks other than 0 wait before they print, so that rank 0 reports first and
+# torchrun then ends them. An error on a single rank is printed by that rank.
 
 
 class UserError(Exception):
@@ -1860,10 +1705,9 @@ class RunError(Exception):
     """The environment failed (disk, network) or training diverged; exit status 1."""
 
 
-# Errors of Python whose message needs no further explanation. The first ones are mistakes of the user.
+# Mistakes of the user, with errors of Python whose message needs no further explanation.
 USER_ERRORS = (UserError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
                PermissionError, ModuleNotFoundError)
-EXPECTED_ERRORS = (*USER_ERRORS, RunError, OSError)
 
 
 def rank(name="RANK"):
@@ -1911,11 +1755,10 @@ def run_script(script, main):
 
 def report_error(script, error):
     """Print one line for an expected error, a traceback for a bug."""
-    is_expected = isinstance(error, EXPECTED_ERRORS)
+    is_expected = isinstance(error, (*USER_ERRORS, RunError, OSError))
     lost_peer = not is_expected and re.search("onnection (closed|reset) by peer", str(error))
     if rank() > 0 or lost_peer:  # the rank at fault reports first, then torchrun ends this process
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         time.sleep(3 + rank("LOCAL_RANK"))
     if lost_peer and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun reports the lost rank
         return
@@ -1951,78 +1794,57 @@ def exit_process(status):
 
 def choose_preset(cli_args, dist):
     """(preset, reason) for --preset auto."""
-    kind = dist.device.type
-    if kind == "cpu":
+    if dist.device.type == "cpu":
         return "smoke", "no GPU"
-    if "data" in cli_args or "resume" in cli_args or dist.world_size > 1:
-        return "gpt2", f"device {kind}"
-    if os.path.isdir(SHARDS_DIR) and any(map(split_of, os.listdir(SHARDS_DIR))):
-        return "gpt2", f"device {kind}, shards in {SHARDS_DIR}"
+    if cli_args.keys() & {"data", "resume"} or dist.world_size > 1 or os.path.isdir(SHARDS_DIR):
+        return "gpt2", f"device {dist.device.type}"
     return "smoke", f"no shards in {SHARDS_DIR}"
 
 
-def resolve_config(cli_args, defaults, group_of, model_class, dist, ckpt, is_resume):
-    """Resolve all flags: explicit flags override those of the checkpoint, which override the preset."""
+def resolve_config(cli_args, parser, model_class, dist, ckpt, is_resume):
+    """Resolve all flags: explicit flags override those of the checkpoint, which override the preset.
+
+    Raises UserError, also if explicit flags change the model, or the data order of a resumed training run.
+    """
+    group_of, eval_only = parser.group_of, "eval_only" in cli_args
+    cpu_defaults = dict(val_tokens=65536, hellaswag=0) if dist.device.type == "cpu" else {}
     preset, reason = cli_args.get("preset", "auto"), "--preset"
-    if is_resume:
-        preset = ckpt["flags"]["preset"]
-    elif preset == "auto":
+    if preset == "auto" and not is_resume:
         preset, reason = choose_preset(cli_args, dist)
     if not is_resume and not cli_args.keys() & {"eval_only", "export_hf"}:
         print0(f"preset {preset} ({reason})")
-    config = defaults | model_class.presets.get(preset, {})
+    config = parser.defaults | cpu_defaults | model_class.presets.get(preset, {})
     if ckpt:
-        config |= checkpoint_flags(cli_args, defaults, group_of, model_class, ckpt, is_resume)
+        # Hugging Face's config has no pos, mlp, norm
+        saved = parser.defaults | cpu_defaults | ckpt.get("flags", {}) | asdict(GPTConfig()) | ckpt["config"]
+        requested = cli_args
+        if is_resume and preset not in ("auto", saved["preset"]):
+            model = {n: value for n, value in model_class.presets[preset].items() if group_of[n] == "model"}
+            requested = model | cli_args
+        fixed = ("model", "data order") if is_resume and not eval_only else ("model",)
+        action = "resume" if is_resume else f"use --init {cli_args['init']}"
+        check_unchanged(action, {f"--{name}": (saved[name], value) for name, value in requested.items()
+                                 if group_of[name] in fixed})
+        if saved["min_lr"] == saved["max_lr"] / 10:
+            saved["min_lr"] = None  # follows a new --max_lr
+        taken = ("data", "T", "val_tokens", "hellaswag") if eval_only else ()
+        config |= {name: saved[name] for name, group in group_of.items()
+                   if name in taken or (group != "command" if is_resume else group == "model")}
+        preset = saved["preset"] if is_resume else preset
     args = argparse.Namespace(**config | cli_args | {"preset": preset})
     if args.dtype == "auto" and is_resume:
         args.dtype = ckpt["flags"]["dtype"]
     args.dtype = resolve_dtype(args.dtype, dist.device)
-    is_cpu = dist.device.type == "cpu"
-    for name, value in dict(min_lr=args.max_lr / 10, val_tokens=65536 if is_cpu else 10485760,
-                            hellaswag=0 if is_cpu else 10042, data=SHARDS_DIR).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args.data = os.path.abspath(args.data or SHARDS_DIR)
+    if args.min_lr is None:
+        args.min_lr = args.max_lr / 10
     if "T" not in cli_args:
         args.T = min(args.T, args.block_size)
-    args.data = os.path.abspath(args.data)
     if args.min_lr > args.max_lr:
         raise UserError(f"--min_lr {args.min_lr:g} is greater than --max_lr {args.max_lr:g}")
     if args.T > args.block_size:
         raise UserError(f"--T {args.T} is greater than --block_size {args.block_size}")
     return args
-
-
-def checkpoint_flags(cli_args, defaults, group_of, model_class, ckpt, is_resume):
-    """The flags that --resume or --init takes from a checkpoint. Raises UserError if explicit ones would
-    change the model, or the data order of a resumed training run."""
-    flags, eval_only = ckpt.get("flags", {}), "eval_only" in cli_args
-    if is_resume and flags.get("optimizer") == "muon":
-        raise UserError(f"{ckpt['path']} was trained with --optimizer muon, which was removed; resume it "
-                        "with commit 7f9751b, or start from its weights with --init")
-    # Hugging Face's config has no pos, mlp, norm
-    saved = defaults | flags | asdict(GPTConfig()) | ckpt["config"]
-    fixed = ("model", "data order") if is_resume and not eval_only else ("model",)
-    requested, preset = cli_args, cli_args.get("preset")
-    if is_resume and preset not in (None, "auto", saved["preset"]):
-        model = {name: v for name, v in model_class.presets[preset].items() if group_of[name] == "model"}
-        requested = model | cli_args
-    check_unchanged("resume" if is_resume else f"use --init {cli_args['init']}", {
-        f"--{name}": (saved[name], value) for name, value in requested.items() if group_of[name] in fixed})
-    if not is_resume:
-        taken = ("data", "T", "val_tokens", "hellaswag") if eval_only else ()
-        config = {name: saved[name] for name in group_of if group_of[name] == "model" or name in taken}
-        if eval_only and saved["dtype"] == "float32":  # other dtypes may not suit this device
-            config["dtype"] = "float32"
-        return config
-    config = {name: saved[name] for name in group_of if group_of[name] != "command"}
-    if config["prompt"] == "-":
-        config["prompt"] = defaults["prompt"]
-    if config["min_lr"] == saved["max_lr"] / 10:
-        config["min_lr"] = None  # follows a new --max_lr
-    data = config["data"] or ""
-    if os.path.basename(data) == os.path.basename(SMOKE_TEXT) and not os.path.exists(data):
-        config["data"] = SMOKE_TEXT  # the directory of the project was moved or renamed
-    return config
 
 
 def check_unchanged(action, values):
@@ -2052,9 +1874,8 @@ def sequences_per_rank(args, world_size):
     """Sequences per rank and step. Raises UserError that lists valid batch sizes."""
     total, unit = args.total_batch_size, (args.B or 1) * args.T * world_size
     if total % unit:
-        if not args.B and total >= 16 * unit:
-            unit *= 16  # suggest sizes that allow B = 16
-        nearest = max(1, total // unit) * unit
+        unit *= 1 if args.B or total < 16 * unit else 16  # suggest sizes that allow B = 16
+        nearest = max(total // unit, 1) * unit
         raise UserError(f"--total_batch_size {total} is not divisible by B * T * ranks = {args.B or 1} * "
                         f"{args.T} * {world_size}; use {nearest} or {nearest + unit}")
     return total // (args.T * world_size)
@@ -2075,9 +1896,7 @@ def choose_B(args, n_sequences, model, dist):
                 _, loss = model(idx, idx)
             loss.backward()
         except RuntimeError as e:
-            if not is_out_of_memory(e):
-                raise
-            return False
+            return not is_out_of_memory(e)  # the first step reports other errors
         finally:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
@@ -2088,26 +1907,20 @@ def choose_B(args, n_sequences, model, dist):
     reserved = total // 20 + (12 if dist.world_size > 1 else 8) * sum(p.numel() for p in model.parameters())
     torch.cuda.set_per_process_memory_fraction(
         max(0.0, free + torch.cuda.memory_reserved() - reserved) / total)
-    best = min(dist.all_gather_object(next(filter(fits, sizes), 0)))
+    best = min(dist.all_gather_object(next(filter(fits, sizes), 1)))
     torch.cuda.set_per_process_memory_fraction(1.0)
-    if not best:
-        raise UserError("out of GPU memory with --B 1; use a smaller --T or model")
     return best
 
 
 def load_hellaswag(args, is_explicit, tokenizer, dist):
-    """Load and tokenize the HellaSwag examples; [] if off.
-
-    If any rank cannot, print a warning and return [], or raise UserError if --hellaswag was explicit.
-    """
+    """Load the HellaSwag examples; [] if off or, unless --hellaswag is explicit, if any rank lacks them."""
     if not args.hellaswag:
         return []
     problem = None
     try:
-        if hellaswag is None:
-            problem = "hellaswag.py, or a package that it needs, is missing"
-        elif tokenizer is None or tokenizer.name != "gpt2" or args.vocab_size < tokenizer.n_vocab:
-            problem = "it needs the GPT-2 vocabulary"
+        is_gpt2 = tokenizer and tokenizer.name == "gpt2" and args.vocab_size >= tokenizer.n_vocab
+        if not (hellaswag and is_gpt2):
+            problem = "it needs hellaswag.py and the GPT-2 vocabulary"
         elif dist.local_rank == 0:
             hellaswag.download("val")  # once per machine; the other ranks wait in all_gather_object
     except OSError as e:
@@ -2120,31 +1933,32 @@ def load_hellaswag(args, is_explicit, tokenizer, dist):
         return []
     try:
         return hellaswag.load_examples(hellaswag.data_file("val"), args.hellaswag, args.block_size,
-                                       tokenizer.encode)
+                                       tokenizer.encode_ordinary)
     except ValueError as e:
         raise UserError(str(e)) from e
 
 
-def load_start(cli_args, log_dir, model_class, dist, stack):
-    """Load the checkpoint of --resume or --init: (resume_ckpt, init_ckpt), None if not given.
+def load_start(args, dist, stack):
+    """Load the checkpoint of --resume or --init: (checkpoint or None, whether it is resumed).
 
     With --resume, rank 0 first locks log_dir; `stack` releases the lock.
     """
-    init, resume_ckpt = cli_args.get("init", "scratch"), None
-    if "resume" in cli_args:
-        old = os.path.join("log", "last.pt")  # earlier versions of modern.py wrote there
-        if log_dir == "log_modern" and not os.path.exists(log_dir) and os.path.exists(old):
-            if load_checkpoint(old).get("arch") == "modern":
-                raise UserError(f"no directory {log_dir}, but log holds a run of modern.py; use --resume "
+    if args.resume:
+        is_read_only = args.eval_only or args.export_hf or args.inspect is not None
+        if dist.master_process and os.path.isdir(args.log_dir) and not is_read_only:
+            stack.callback(lock_log_dir(args.log_dir).release)
+        ckpt = find_latest_checkpoint(args.log_dir)
+        if ckpt and ckpt["flags"].get("optimizer") == "muon":
+            raise UserError(f"{ckpt['path']} was trained with --optimizer muon, which was removed; resume it "
+                            "with commit 7f9751b, or start from its weights with --init")
+        if ckpt:
+            return ckpt, True
+        if args.log_dir == "log_modern" and os.path.exists("log/last.pt"):  # of an earlier version
+            if load_checkpoint("log/last.pt").get("arch") == "modern":
+                raise UserError("no checkpoint in log_modern, but log holds a run of modern.py; use --resume "
                                 "--log_dir log")
-        is_read_only = cli_args.keys() & {"eval_only", "export_hf", "inspect"}
-        if dist.master_process and os.path.isdir(log_dir) and not is_read_only:
-            stack.callback(lock_log_dir(log_dir).release)
-        resume_ckpt = find_latest_checkpoint(log_dir)
-        if resume_ckpt is None:
-            print0(f"no checkpoint in {log_dir}, starting at step 0")
-    init_ckpt = load_weights(init) if init != "scratch" and resume_ckpt is None else None
-    return resume_ckpt, init_ckpt
+        print0(f"no checkpoint in {args.log_dir}, starting at step 0")
+    return (None if args.init == "scratch" else load_weights(args.init)), False
 
 
 def compare_ranks(dist, values):
@@ -2157,15 +1971,15 @@ def compare_ranks(dist, values):
                                 "all ranks with the same flags and files")
 
 
-def inspect_step(args, data, tokenizer):
-    """Print shard, offset and text of every sequence that a step reads."""
-    loader = DataLoaderLite(1, args.T, 0, 1, data.train, args.total_batch_size // args.T, args.shuffle,
-                            args.seed)
+def inspect_step(args, tokens, tokenizer):
+    """Print shard, offset and text of every sequence that a step reads. tokens: the train TokenStream."""
+    loader = DataLoaderLite(1, args.T, 0, 1, tokens, args.total_batch_size // args.T, args.shuffle, args.seed)
     for sequence, epoch, window, shard, offset in loader.locate(args.inspect):
         print0(f"step {args.inspect} sequence {sequence}: epoch {epoch} window {window} "
-               f"{data.train.names[shard]} offset {offset}")
+               f"{tokens.names[shard]} offset {offset}")
         if tokenizer:
-            print0(tokenizer.decode(data.train.read(window * args.T, args.T)))
+            ids = tokens.read(window * args.T, args.T)
+            print0(tokenizer.decode(ids[ids < tokenizer.n_vocab].tolist()))
 
 
 def script_of(arch):
@@ -2174,52 +1988,44 @@ def script_of(arch):
 
 
 def main(argv=None, model_class=GPT):
-    """Train, evaluate or export according to the flags; return the exit status.
-
-    model_class: GPT or a subclass. Raises UserError and RunError.
-    """
+    """Train, evaluate or export a GPT or subclass; return the exit status. Raises UserError and RunError."""
     if torch.__version__ < (2, 9):
         raise UserError(f"torch {torch.__version__} is too old; pip install 'torch>=2.9'")
     parser = build_parser(model_class)
-    cli_args, defaults = parse_cli(parser, argv)
+    cli_args = vars(parser.parse_args(argv))
+    command = argparse.Namespace(**parser.defaults | cli_args)  # final for the flags of this group
     with contextlib.ExitStack() as stack:
-        dist = stack.enter_context(init_distributed(cli_args.get("device", "auto")))
-        log_dir = cli_args.get("log_dir", defaults["log_dir"])
-        resume_ckpt, init_ckpt = load_start(cli_args, log_dir, model_class, dist, stack)
-        ckpt = resume_ckpt or init_ckpt
-        args = resolve_config(cli_args, defaults, parser.group_of, model_class, dist, ckpt, bool(resume_ckpt))
+        dist = stack.enter_context(init_distributed(command.device))
+        ckpt, is_resume = load_start(command, dist, stack)
+        args = resolve_config(cli_args, parser, model_class, dist, ckpt, is_resume)
         if (args.eval_only or args.export_hf) and not ckpt:
-            raise UserError(f"--{'eval_only' if args.eval_only else 'export_hf'} needs weights: --init PATH, "
-                            "or --resume with a checkpoint in --log_dir")
+            raise UserError("--eval_only and --export_hf need --init PATH, or --resume with a checkpoint")
         if args.export_hf:
             if dist.master_process:
                 export_hf(model_class.from_checkpoint(ckpt, ckpt.get("path", args.init)), args.export_hf)
             return 0
         compare_ranks(dist, {"the checkpoint (is --log_dir on shared storage?)":
-                             resume_ckpt and (resume_ckpt["path"], resume_ckpt["step"])})
-        is_training = not args.eval_only and args.inspect is None
-        if resume_ckpt and is_training and is_finished(resume_ckpt, args):
+                             is_resume and (ckpt["path"], ckpt["step"])})
+        if is_resume and not args.eval_only and args.inspect is None and is_finished(ckpt, args):
             return 0
 
-        data, tokenizer = load_data(args, "data" in cli_args, ckpt, dist)
+        streams, tokenizer = load_data(args, "data" in cli_args, ckpt, dist)
+        identity = streams["train"].identity if streams else None
         compare_ranks(dist, {f"--{name}": value for name, value in cli_args.items()} | {
-            "--dtype": args.dtype, "the training data": data and data.identity})
-        if resume_ckpt and not args.eval_only:
-            check_unchanged("resume", {"--data": (resume_ckpt["data"], data.identity)})
+            "--dtype": args.dtype, "the training data": identity})
+        if is_resume and not args.eval_only:
+            check_unchanged("resume", {"--data": (ckpt["data"], identity)})
         if args.inspect is not None:
-            if dist.master_process:
-                inspect_step(args, data, tokenizer)
+            inspect_step(args, streams["train"], tokenizer)
             return 0
         examples = load_hellaswag(args, "hellaswag" in cli_args, tokenizer, dist)
-        return run(args, dist, model_class, resume_ckpt, init_ckpt, data, tokenizer, examples, stack)
+        return run(args, dist, model_class, ckpt, is_resume, streams, tokenizer, examples, stack)
 
 
-def run(args, dist, model_class, resume_ckpt, init_ckpt, data, tokenizer, examples, stack):
+def run(args, dist, model_class, ckpt, is_resume, streams, tokenizer, examples, stack):
     """Build model, data loaders, evaluator and trainer, then evaluate or train. Returns the exit status."""
     n_sequences = None if args.eval_only else sequences_per_rank(args, dist.world_size)
-    args.sample_length = args.sample_length or (128 if tokenizer and tokenizer.name == "bytes" else 32)
     prompt = encode_prompt(args, tokenizer) if dist.master_process else []
-    ckpt = resume_ckpt or init_ckpt
 
     torch.manual_seed(args.seed)  # reproducible initialization; DDP also copies rank 0's weights
     if ckpt:
@@ -2237,9 +2043,8 @@ def run(args, dist, model_class, resume_ckpt, init_ckpt, data, tokenizer, exampl
         check_mps(args, B)
     stop = StopSignal(dist)
     loader_args = B, args.T, dist.rank, dist.world_size
-    val_loader = None
-    if data and args.val_tokens:
-        val_loader = DataLoaderLite(*loader_args, data.val, vocab_size=args.vocab_size)
+    has_val = streams and args.val_tokens
+    val_loader = DataLoaderLite(*loader_args, streams["val"], vocab_size=args.vocab_size) if has_val else None
     wrapped_model = model if args.eval_only else wrap_ddp_and_compile(model, dist, use_compile)
     evaluator = Evaluator(args, dist, model, wrapped_model if use_compile else model, val_loader, examples,
                           prompt, tokenizer, stop)
@@ -2247,64 +2052,46 @@ def run(args, dist, model_class, resume_ckpt, init_ckpt, data, tokenizer, exampl
         evaluator.evaluate_only()
         return 0
 
-    loader = DataLoaderLite(*loader_args, data.train, args.total_batch_size // args.T, args.shuffle,
+    loader = DataLoaderLite(*loader_args, streams["train"], args.total_batch_size // args.T, args.shuffle,
                             args.seed, args.vocab_size)
     run_metadata = dict(arch=model.arch, config=asdict(model.config), flags=vars(args),
-                        tokenizer=tokenizer.name if tokenizer else "gpt2", data=data.identity)
+                        tokenizer=tokenizer.name if tokenizer else "gpt2", data=loader.tokens.identity)
     if args.wandb:  # a resumed run continues its curves there
-        run_metadata["wandb_id"] = (resume_ckpt or {}).get("wandb_id") or os.urandom(4).hex()
-    trainer = Trainer(args, dist, model, wrapped_model, loader, stop, run_metadata, resume_ckpt)
-    if resume_ckpt:
-        print0(f"resuming from {resume_ckpt['path']}, step {trainer.step}")
-        print_changes(args, resume_ckpt, model_class)
-    run_log = open_run_log(trainer, data, use_compile, stack)
-    return run_training(trainer, evaluator, run_log)
-
-
-def open_run_log(trainer, data, use_compile, stack):
-    """Print the settings and create the run directory. Returns a RunLog on rank 0, else None."""
-    args, dist, loader = trainer.args, trainer.dist, trainer.loader
-    name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
-    print0(f"using device: {dist.device} ({name}), {args.dtype}, compile {'on' if use_compile else 'off'}")
-    print0(f"total desired batch size: {args.total_batch_size}")
-    print0(f"=> calculated gradient accumulation steps: {loader.grad_accum_steps} (B {loader.B}, T {args.T}, "
-           f"ranks {dist.world_size})")
-    for split, stream in (("train", data.train), ("val", data.val)):
-        print0(f"found {len(stream.names)} shards for split {split}: {len(stream):,} tokens")
-    epochs = args.max_steps * loader.sequences_per_step / loader.n_windows
-    print0(f"max_steps {args.max_steps} is {epochs:.3f} epochs of {loader.n_windows:,} windows")
+        run_metadata["wandb_id"] = is_resume and ckpt.get("wandb_id") or os.urandom(4).hex()
+    trainer = Trainer(args, dist, model, wrapped_model, loader, stop, run_metadata,
+                      ckpt if is_resume else None)
+    if is_resume:
+        print0(f"resuming from {ckpt['path']}, step {trainer.step}")
+        print_changes(args, ckpt, model_class)
     if args.warmup_steps > args.max_steps:
-        warn(f"--warmup_steps {args.warmup_steps} is greater than --max_steps {args.max_steps}: the learning "
-             "rate never reaches --max_lr")
+        warn(f"the learning rate never reaches --max_lr: --warmup_steps {args.warmup_steps} is greater than "
+             f"--max_steps {args.max_steps}")
     dist.all_gather_object()  # all ranks have passed all checks: files may be written now
-    if not dist.master_process:
-        return None
-    stack.callback(open_log_dir(args).release)
-    return RunLog(trainer, dict(
-        B=loader.B, world_size=dist.world_size, device=f"{dist.device} ({name})", compile=use_compile,
-        first_shard=data.train.names[0], torch=torch.__version__))
+    run_log = None
+    if dist.master_process:
+        stack.callback(open_log_dir(args).release)
+        run_log = RunLog(trainer, streams, use_compile)
+    return run_training(trainer, evaluator, run_log)
 
 
 def run_training(trainer, evaluator, run_log):
     """Run the training loop and handle its end. Returns the exit status."""
-    args, stop, status = trainer.args, trainer.stop, 0
+    args, stop, is_interrupted = trainer.args, trainer.stop, False
     with stop.handlers():
         try:
             train(trainer, evaluator, run_log)
         except TrainingInterrupted:
+            is_interrupted = True
             trainer.save(final=True)
-            status = 128 + (stop.local_signal or signal.SIGTERM)
-            if not stop.data_failed:
-                print0(f"interrupted at step {trainer.step}, checkpoint saved; rerun with --resume to "
-                       "continue")
         finally:
             if run_log:
                 run_log.close()
-    if stop.data_failed:  # outside the handlers, so that torchrun's SIGTERM ends the ranks that report later
-        raise RunError(f"{stop.data_error_message()}. Checkpoint saved at step {trainer.step}; fix the data "
-                       "and rerun with --resume")
-    if status:
-        return status
+    if is_interrupted:  # outside the handlers: torchrun's SIGTERM ends the ranks that report later
+        if data_error := stop.data_error_message():
+            raise RunError(f"{data_error}. Checkpoint saved at step {trainer.step}; fix the data and rerun "
+                           "with --resume")
+        print0(f"interrupted at step {trainer.step}, checkpoint saved; rerun with --resume to continue")
+        return 128 + (stop.local_signal or signal.SIGTERM)
     loss = "" if trainer.val_loss is None else f", validation loss {trainer.val_loss:.4f}"
     print0(f"done: {args.max_steps} steps, {args.max_steps * args.total_batch_size:,} tokens{loss}")
     if args.preset == "smoke" and args.max_steps < 1000:

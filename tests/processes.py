@@ -183,6 +183,15 @@ def do(order):
         os._exit(e.code)  # Python's teardown with torch takes a second
 
 
+def use_bytes(name="bytes"):
+    """Replace GPT-2's tokenizer by the byte tokenizer, which needs no vocabulary."""
+    import train_gpt2
+
+    tokenizer = train_gpt2.get_tokenizer("bytes")
+    tokenizer.name = name
+    train_gpt2.get_tokenizer = lambda name="gpt2": tokenizer
+
+
 # The process that forks
 
 

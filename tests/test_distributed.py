@@ -45,12 +45,7 @@ JOBS = {
 RECORD = """
 import hashlib, torch, torch.nn.parallel, train_gpt2
 
-class Bytes(train_gpt2.Tokenizer):
-    def __init__(self):
-        super().__init__()
-        self.name = "gpt2"
-
-train_gpt2.get_tokenizer = lambda name: Bytes()
+use_bytes(name="gpt2")
 
 DDP, modules, digests = torch.nn.parallel.DistributedDataParallel, [], []
 real_forward = DDP.forward

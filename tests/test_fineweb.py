@@ -488,13 +488,3 @@ def test_help_names_every_flag_and_the_default_is_the_sample(main):
     assert status == 0 and all(f"\n  --{flag}" in text for flag in vars(args)) and "--ready" not in text
     assert args.name == fineweb.parse_args(["--dataset", DATA]).name == "sample-10BT"
     assert fineweb.parse_args(["--dataset", "another/one"]).name is None
-
-
-@posix
-def test_a_closed_pipe_does_not_stop_the_run(tmp_path):
-    path = write_jsonl(tmp_path / "t.jsonl", texts_of(50))
-    process = start({}, "encode_bytes", "--files", path, "--out", tmp_path / "o", "--num_proc", "1")
-    process.stdout.close()
-    process.stderr.close()
-    process.wait(200)
-    assert load_manifest(tmp_path / "o")["complete"]

@@ -322,14 +322,5 @@ def test_command_scores_a_checkpoint(bpe, tiny, tmp_path, processes):
     lines = run.stdout.splitlines()
     assert lines[-2:] == hellaswag.score_lines(*expected[:3])
     assert f"HellaSwag accuracy: {expected[1]}/10={expected[1] / 10:.4f}" in lines
-    assert sum(line.startswith("example ") for line in lines) == 4
     assert any(line.startswith("1 ") and "cropped" in line for line in lines)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ten.jsonl", "tiny.pt"]
-
-
-@pytest.mark.parametrize("model, reason", [("nothing.pt", "nothing.pt"), ("tiny.pt", "bad.jsonl, line 1")])
-def test_error_in_the_trainer_is_one_line_of_the_command(bpe, tiny, tmp_path, model, reason):
-    (tmp_path / "bad.jsonl").write_text("{\n")
-    run = run_command("-m", model, "--data_file", "bad.jsonl", cwd=tmp_path)
-    assert run.returncode == 2 and "HellaSwag accuracy" not in run.stdout
-    assert re.fullmatch(f"hellaswag.py: error: .*{reason}.*\n", run.stderr), run.stderr

@@ -81,14 +81,6 @@ def test_initial_loss_is_uniform_and_every_block_starts_as_the_identity():
     assert torch.equal(model.hidden_states(idx), model.transformer.ln_f(model.embed(idx, None)))
 
 
-def test_parameter_count_and_flops():
-    with torch.device("meta"):
-        model = modern.ModernGPT(train_gpt2.GPTConfig(vocab_size=50304, n_head=6))
-    n_params = sum(p.numel() for p in model.parameters())
-    assert n_params // 10**6 == 162
-    assert model.flops_per_token(1024) == 6 * (n_params - 50304 * 768) + 12 * 12 * 768 * 1024
-
-
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
 def test_muon_is_torchs_except_for_rounding(shape):
     torch.manual_seed(2)

@@ -166,13 +166,6 @@ def test_without_a_network_no_directory_is_left(hub, tmp_path, env):
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_of_another_source_are_left_alone(hub, tmp_path):
-    name = tmp_path / "edufineweb_val_000000.npy"
-    name.write_bytes(b"mine")
-    assert "shards from another source" in refused(hub, tmp_path, "--pretokenized", 2)
-    assert downloads(hub) == [] and name.read_bytes() == b"mine"
-
-
 def test_a_rerun_uses_the_commit_of_the_first_run(hub, tmp_path):
     out = tmp_path / "out"
     download(hub, out, "--pretokenized", 1)

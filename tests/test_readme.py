@@ -30,7 +30,7 @@ def test_commands_of_the_readme_parse():
     for script, words in commands():
         assert (ROOT / script).exists(), script
         if script in TRAINER:
-            train_gpt2.parse_cli(train_gpt2.build_parser(TRAINER[script]), words)
+            train_gpt2.build_parser(TRAINER[script]).parse_args(words)
         elif script == "fineweb.py":
             fineweb.parse_args(words)
         seen.add(script)
@@ -38,7 +38,7 @@ def test_commands_of_the_readme_parse():
 
 
 def test_every_flag_in_the_readme_exists():
-    known = {f"--{name}" for name in train_gpt2.parse_cli(train_gpt2.build_parser(train_gpt2.GPT), [])[1]}
+    known = {f"--{name}" for name in train_gpt2.build_parser(train_gpt2.GPT).defaults}
     known |= set(fineweb.build_parser()._option_string_actions)
     known |= {"--nproc_per_node", "--standalone", "--max_restarts", "--nnodes", "--rdzv_backend",
               "--rdzv_endpoint", "--limit", "--signal"}
