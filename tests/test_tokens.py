@@ -151,7 +151,8 @@ def test_shards_must_equal_their_manifest(tmp_path, text, problem):
 
 
 def open_data(path):
-    args = SimpleNamespace(data=str(path), eval_only=False, num_samples=0, hellaswag=0, inspect=None)
+    args = SimpleNamespace(data=str(path), eval_only=False, num_samples=0, hellaswag=0, inspect=None,
+                           sample_length=None)
     ckpt = dict(tokenizer="bytes") if os.path.isfile(path) else None
     return train_gpt2.load_data(args, True, ckpt, Dist(0, 0, 1, torch.device("cpu")))[0]
 

@@ -55,9 +55,9 @@ def train(script, report, *flags):
 
 def card(device):
     """Print, as JSON, the device, its peak and its rate in a large matmul."""
-    from train_gpt2 import peak_flops
+    from train_gpt2 import Dist, peak_flops
 
-    peak = peak_flops(torch.device(device), "bfloat16")
+    peak = peak_flops(Dist(0, 0, 1, torch.device(device)), "bfloat16")
     figures = {"torch": torch.__version__, "device": platform.machine(), "cores": os.cpu_count(),
                "data-sheet peak TFLOP/s": peak / 1e12 if peak else "unknown"}
     if device == "cpu":
