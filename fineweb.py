@@ -23,22 +23,18 @@ after the last completed shard and creates the same bytes.
 
 import argparse
 import contextlib
-import errno
 import functools
 import glob
 import gzip
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
 import zlib
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
@@ -52,24 +48,22 @@ EOT = 50256  # <|endoftext|>, the first token of every document
 MANIFEST, MANIFEST_FORMAT = "manifest.json", "fineweb.py 1"
 TEXT_COPY = ".documents.arrow"  # temporary copy of the texts of --files
 STREAM_BUFFER = 10_000  # documents that --streaming --shuffle samples from
-JOB_DOCUMENTS = 200  # documents that a worker tokenizes at a time, 50 ms of FineWeb-Edu
-
-# -----------------------------------------------------------------------------
-# Messages and flags
+JOB_DOCUMENTS = 200  # documents that a thread tokenizes at a time, 50 ms of FineWeb-Edu
+MAX_PENDING = max(32, 3 * NUM_CORES)  # tokenization jobs: enough work while a shard is written
 
 
 class UserError(Exception):
     """Invalid input. The message is one line with the value and the fix; exit status 2."""
 
 
-def print_line(message, stream="stdout"):
+def print_line(message, file=None):
     """Print above the progress bar. A closed terminal or pipe does not stop the run."""
     with contextlib.suppress(OSError):
-        tqdm.write(message, file=getattr(sys, stream))
+        tqdm.write(message, file=file)
 
 
-def one_line(error, length=200):
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:length]
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,12 +71,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def integer(low, high=2**63 - 1):
-    """Return an argparse type for integers from `low` to `high`."""
+def integer(low):
+    """Return an argparse type for integers of at least `low`."""
 
     def integer(text):  # the name is part of argparse's message: invalid integer value
-        if not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range ({low} to {high})")
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
         return int(text)
 
     return integer
@@ -114,15 +108,14 @@ def build_parser():
     add("--files", nargs="+", metavar="PATH",
         help="paths or glob patterns, read in this order instead of a dataset: .parquet, .jsonl, .jsonl.gz "
         "(one document per row), .txt (one document). Their texts are copied to --out temporarily")
-    add("--shard_size", type=integer(1, 10**10), metavar="N",
-        help="tokens per shard (default: as recorded in --out, else 100000000; --files: a tenth at most)")
+    add("--shard_size", type=integer(1), metavar="N",
+        help="tokens per shard (default: as recorded in --out, else 100000000, or a tenth of few tokens)")
     add("--max_tokens", type=integer(0), metavar="N", default=0,
         help="stop after N tokens (default: 0 = all)")
-    add("--shuffle", type=integer(0, 2**32 - 1), metavar="SEED",
-        help="shuffle the documents with this seed; --streaming shuffles the files and a buffer of "
-        f"{STREAM_BUFFER:,} documents (default: no shuffling)")
+    add("--shuffle", type=integer(0), metavar="SEED",
+        help=f"shuffle the documents (--streaming: the files, and {STREAM_BUFFER:,} documents at a time)")
     add("--num_proc", type=integer(1), metavar="N", default=NUM_CORES,
-        help=f"worker processes, 200 MB of memory each (default: one per core, {NUM_CORES})")
+        help=f"tokenizer threads (default: one per core, {NUM_CORES})")
     return parser
 
 
@@ -153,17 +146,15 @@ def locked_dir(path):
     """Create and lock the output directory. Afterwards remove the text copy, and the directory if empty."""
     from filelock import FileLock, Timeout
 
+    os.makedirs(path, exist_ok=True)
     lock = FileLock(os.path.join(path, ".lock"))
     try:
-        os.makedirs(path, exist_ok=True)
         lock.acquire(timeout=2.0)  # a killed process may hold it for a moment
     except Timeout:
         raise UserError(f"another fineweb.py is writing to {path}; wait until it ends") from None
-    except (OSError, NotImplementedError) as e:
-        # On storage without locks filelock 4 raises OSError, filelock 3 NotImplementedError.
-        if getattr(e, "errno", errno.ENOTSUP) not in (errno.ENOLCK, errno.ENOTSUP):
-            raise
-        print_line(f"warning: no locks in {path}; run only one fineweb.py there at a time", "stderr")
+    except (OSError, NotImplementedError) as e:  # storage without locks
+        print_line(f"warning: could not lock {path} ({one_line(e)}); run only one fineweb.py there at a time",
+                   sys.stderr)
     try:
         yield
     finally:
@@ -198,13 +189,16 @@ def sha256_of(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def shard_problem(folder, entry):
-    """Compare the size of a shard with its manifest entry. Returns None if they agree."""
+def shard_problem(folder, entry, check_sha256=False):
+    """Return how a shard differs from its manifest entry, None if it does not."""
     path = os.path.join(folder, entry["name"])
+    header = 1024 if path.endswith(".bin") else 128
     if not os.path.isfile(path):
         return "missing"
-    header = 1024 if path.endswith(".bin") else 128
-    return None if os.path.getsize(path) == header + 2 * entry["tokens"] else "wrong size"
+    if os.path.getsize(path) != header + 2 * entry["tokens"]:
+        return "wrong size"
+    if check_sha256 and sha256_of(path) != entry["sha256"]:
+        return "wrong sha256"
 
 
 def load_manifest(folder):
@@ -265,10 +259,7 @@ def verify(folder):
         raise UserError(f"no shards in {folder}; check --out")
     problems = dict.fromkeys(filter(split_of, os.listdir(folder)), "not in the manifest")
     for entry in manifest["shards"]:
-        name = entry["name"]
-        problems[name] = shard_problem(folder, entry)
-        if not problems[name] and sha256_of(os.path.join(folder, name)) != entry["sha256"]:
-            problems[name] = "wrong sha256"
+        problems[entry["name"]] = shard_problem(folder, entry, check_sha256=True)
     bad = [f"{name} ({problem})" for name, problem in sorted(problems.items()) if problem]
     if bad:
         raise UserError(f"bad shards in {folder}: {', '.join(bad)}; delete them and rerun the command that "
@@ -277,25 +268,33 @@ def verify(folder):
     print_line(f"{folder}: {len(problems)} shards, {manifest['tokens']:,} tokens, valid{state}")
 
 
+# -----------------------------------------------------------------------------
+# Sources: documents in a fixed order
+
+
 def resolve_settings(args, recorded):
     """Return all settings that determine the bytes of the shards. Sets args.files, args.shard_size and
     args.revision: the commit of --revision, else the recorded one, else that of main."""
-    from huggingface_hub import constants
+    import datasets
 
-    args.files = expand_patterns(args.files or [])
-    args.shard_size = resolve_shard_size(args, recorded)
+    tokens = args.max_tokens or sys.maxsize
     if args.files:
+        args.files = expand_patterns(args.files)
         source = {"files": [[os.path.basename(p), os.path.getsize(p)] for p in args.files]}
+        # English text has 4 bytes per token.
+        tokens = min(tokens, sum(size for _, size in source["files"]) // 4)
     else:
         if args.revision is None and recorded.get("dataset") == args.dataset:
             args.revision = recorded["revision"]
-        elif not os.path.isdir(args.dataset) and not constants.HF_HUB_OFFLINE:
+        elif not os.path.isdir(args.dataset) and not datasets.config.HF_HUB_OFFLINE:
             args.revision = dataset_info(args).sha
         source = {k: getattr(args, k) for k in ("dataset", "name", "split", "revision")}
+    # The first shard is validation data: a tenth of the tokens if they are few.
+    few = args.files or tokens <= 10**8
+    default_size = min(10**8, max(1, tokens // 10)) if few else 10**8
+    args.shard_size = args.shard_size or recorded.get("shard_size") or default_size
     shuffle = None if args.shuffle is None else f"seed {args.shuffle}"
     if shuffle and args.streaming:
-        import datasets
-
         shuffle += f", buffer of {STREAM_BUFFER:,}, datasets {datasets.__version__}"
     rest = {k: getattr(args, k) for k in ("text_column", "shard_size", "max_tokens")}
     return {**source, **rest, "shuffle": shuffle, "tokenizer": "gpt2"}
@@ -305,26 +304,11 @@ def expand_patterns(patterns):
     """Return the files that match paths and glob patterns, in order, without duplicates."""
     paths = []
     for pattern in patterns:
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        paths += found or [pattern]
+        paths += sorted(glob.glob(pattern, recursive=True)) or [pattern]  # a name can contain [ ]
     for path in paths:
         if not os.path.isfile(path) or not path.endswith((".parquet", ".jsonl", ".jsonl.gz", ".txt")):
             raise UserError(f"{path}: no such .parquet, .jsonl, .jsonl.gz or .txt file; check --files")
     return list(dict.fromkeys(paths))
-
-
-def resolve_shard_size(args, recorded):
-    """Return --shard_size, else the recorded size, else 100 million tokens, or for --files a tenth of them.
-    Raises UserError if the first shard, which is validation data, would hold all --max_tokens."""
-    limit, default = args.max_tokens or sys.maxsize, 10**8
-    if args.files:  # English text has 4 bytes per token
-        num_bytes = sum(map(os.path.getsize, args.files))
-        default = min(default, max(1, min(num_bytes // 4, limit) // 10))
-    size = args.shard_size or recorded.get("shard_size") or default
-    if size >= limit and not recorded:
-        raise UserError(f"--shard_size {size} leaves nothing of --max_tokens {limit} to train on: the first "
-                        "shard is validation data; use a smaller size")
-    return size
 
 
 def dataset_info(args):
@@ -340,21 +324,26 @@ def hub_errors(dataset):
     try:
         yield
     except Exception as e:
-        problem, kind = f"could not load {dataset} ({one_line(e)})", type(e).__name__
         # ValueError: unknown configuration or split
-        if re.match("(Dataset|DataFiles|Repository|Revision)NotFound|ValueError", kind):
-            raise UserError(f"{problem}; check --dataset, --name, --split and --revision, or log in: hf auth "
-                            "login") from e
-        raise ConnectionError(f"{problem}; check the network and the free disk space") from e
-
-
-# -----------------------------------------------------------------------------
-# Sources: documents in a fixed order
+        unknown = "(Dataset|DataFiles|Repository|Revision)NotFound|ValueError"
+        kind = UserError if re.match(unknown, type(e).__name__) else ConnectionError
+        raise kind(f"could not load {dataset} ({one_line(e)}); check its name, the network and the free disk "
+                   "space, or log in: hf auth login") from e
 
 
 def open_data(args):
     """Return the documents as a datasets.Dataset, or as an IterableDataset with --streaming."""
-    data = open_files(args) if args.files else open_hub(args)
+    import datasets
+
+    if args.files:
+        data = datasets.Dataset.from_file(copy_texts(args))
+    else:
+        with hub_errors(args.dataset):
+            data = datasets.load_dataset(args.dataset, args.name, split=args.split, revision=args.revision,
+                                         streaming=args.streaming)
+            row = next(iter(data), {args.text_column: None})
+        text_of(row, args.text_column, args.dataset)
+        data = data.select_columns([args.text_column])
     if args.shuffle is None:
         return data
     if args.streaming:
@@ -363,22 +352,9 @@ def open_data(args):
     return data.select(np.random.RandomState(args.shuffle).permutation(len(data)))
 
 
-def open_hub(args):
-    import datasets
-
-    with hub_errors(args.dataset):
-        data = datasets.load_dataset(args.dataset, args.name, split=args.split, revision=args.revision,
-                                     streaming=args.streaming)
-        columns = data.features or next(iter(data), {})  # of a stream they may be unknown
-    types = {k: getattr(v, "dtype", type(v).__name__) for k, v in columns.items()}
-    check_column(args.dataset, args.text_column, types)
-    return data.select_columns([args.text_column])
-
-
-def open_files(args):
-    """Copy all texts to an Arrow file, which `datasets` maps into memory. A damaged file is thus reported
-    before the first shard is created."""
-    import datasets
+def copy_texts(args):
+    """Copy all texts of --files to an Arrow file, which `datasets` maps into memory, and return its path.
+    A damaged file is thus reported before the first shard is created."""
     import pyarrow as pa
 
     schema = pa.schema([(args.text_column, pa.large_string())])
@@ -387,11 +363,12 @@ def open_files(args):
     with pa.OSFile(copy, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(itertools.islice(texts, JOB_DOCUMENTS)):
             writer.write_batch(pa.record_batch([batch], schema=schema))
-    return datasets.Dataset.from_file(copy)
+    return copy
 
 
 def read_texts(path, column):
     """Yield the texts of a file, None for a null. Raises UserError."""
+    where = path  # for the error
     try:
         if path.endswith(".txt"):
             with open(path, encoding="utf-8-sig") as f:
@@ -400,124 +377,69 @@ def read_texts(path, column):
             from pyarrow.parquet import ParquetFile
 
             with ParquetFile(path) as f:
-                check_column(path, column, {x.name: str(x.type) for x in f.schema_arrow})
-                for batch in f.iter_batches(batch_size=JOB_DOCUMENTS, columns=[column]):
-                    yield from batch.column(0).to_pylist()
+                # Without the column, text_of lists all columns.
+                columns = [column] if column in f.schema_arrow.names else None
+                for batch in f.iter_batches(batch_size=JOB_DOCUMENTS, columns=columns):
+                    yield from (text_of(row, column, path) for row in batch.to_pylist())
         else:
             with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
                 for number, line in enumerate(f, 1):
+                    where = f"{path} line {number}"
                     if line.strip():
-                        yield parse_json_line(line, column, f"{path} line {number}")
-    except (OSError, EOFError, ValueError, zlib.error) as e:  # includes the errors of pyarrow
-        raise UserError(f"could not read {path}: {one_line(e)}; repair it or omit it") from e
+                        yield text_of(json.loads(line), column, where)
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:  # includes errors of pyarrow
+        raise UserError(f"could not read {where} ({one_line(e)}); repair it or omit the file") from e
 
 
-def parse_json_line(line, column, where):
-    """Return the text of a JSON object, None for a null. Raises UserError."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-        types = {k: type(v).__name__ for k, v in row.items()}
-    except (ValueError, RecursionError, AttributeError) as e:  # a list has no items()
-        raise UserError(f"{where} is not a JSON object ({one_line(e, 100)}); repair it") from e
-    check_column(where, column, types)
+def text_of(row, column, where):
+    """Return the text of a row, None for a null. Raises UserError."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object; repair it")
+    if not isinstance(row.get(column, 0), str | None):
+        found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
+        raise UserError(f"{where} has no text in column {column}, only {found}; set --text_column")
     # Unpaired surrogates, which JSON can contain, become U+FFFD as in tiktoken.
     return row[column] and row[column].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def check_column(where, column, types):
-    """Raise UserError if `column` is not in {name: type name} or does not contain text."""
-    if types.get(column) not in ("string", "large_string", "string_view", "str", "NoneType"):
-        found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
-        raise UserError(f"{where} has no text in column {column}, only {found}; set --text_column")
-
-
-def document_batches(data, args, start):
-    """Yield (number of the first document, texts) from document `start` on."""
-    if args.streaming:
-        first, batches = 0, data.iter(JOB_DOCUMENTS)
-        if start:
-            print_line(f"skipping the first {start:,} documents: their shards are complete")
-    else:
-        first = start
-        batches = (data[i : i + JOB_DOCUMENTS] for i in range(start, len(data), JOB_DOCUMENTS))
-    with hub_errors(args.dataset):
-        for batch in batches:
-            texts = batch[args.text_column]
-            if first + len(texts) > start:
-                yield max(first, start), texts[max(start - first, 0) :]
-            first += len(texts)
-
-
 # -----------------------------------------------------------------------------
-# Workers: texts in, tokens out, in order
+# Shards
 
 
 def load_encode():
-    """Return a function from text to GPT-2 tokens, uint16 (n,). Raises UserError."""
+    """Return a function from text to GPT-2 tokens (n,). Raises UserError."""
     import tiktoken
 
     try:
-        return functools.partial(encode_ordinary, tiktoken.get_encoding("gpt2"))
+        bpe = tiktoken.get_encoding("gpt2")
     except Exception as e:
         raise UserError(f"could not download the GPT-2 vocabulary ({one_line(e)}); set TIKTOKEN_CACHE_DIR to "
                         "a directory that contains it") from e
+    # 15% faster than encode_ordinary, which creates a list
+    return functools.partial(bpe.encode_to_numpy, disallowed_special=())
 
 
-def encode_ordinary(bpe, text):
-    try:  # 15% faster than encode_ordinary, which creates a list
-        return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-    except UnicodeEncodeError:  # unpaired surrogate
-        return np.array(bpe.encode_ordinary(text), dtype=np.uint16)
-
-
-def init_worker():
-    def exit_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    # A killed parent cannot stop its workers, so each worker watches it.
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def start_workers(num_proc):
-    """Return a pool of processes that ignore Ctrl-C and exit with this process."""
-    # fork would copy locks that threads of pyarrow and huggingface_hub hold.
-    spawn = multiprocessing.get_context("spawn")
-    num_proc = min(num_proc, 61) if os.name == "nt" else num_proc  # the limit on Windows
-    pool = ProcessPoolExecutor(num_proc, spawn, init_worker)
-    # Workers inherit SIG_IGN, so that Ctrl-C does not interrupt their imports.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for _ in range(num_proc):
-        pool.submit(int)  # starts a worker
-    signal.signal(signal.SIGINT, handler)
-    return pool
-
-
-def tokenize(encode, first, texts):
-    """Return (first document, tokens uint16 (n,), tokens per document)."""
+def tokenize(encode, texts):
+    """Return (tokens uint16 (n,), tokens per document)."""
     # A null has no tokens but is counted as a document, so that positions stay row numbers.
-    parts = [np.empty(0, np.uint16) if text is None else np.append(np.uint16(EOT), encode(text))
-             for text in texts]  # fmt: skip
-    return first, np.concatenate(parts), np.array([len(part) for part in parts])
+    parts = [[] if text is None else np.append(np.uint16(EOT), encode(text)) for text in texts]
+    return np.concatenate(parts, dtype=np.uint16, casting="unsafe"), [len(part) for part in parts]
 
 
-def tokenize_batches(batches, encode, pool, ahead, bar, counts):
-    """Yield (first document, tokens, tokens per document) in order. Keeps up to `ahead` batches submitted."""
+def tokenize_batches(batches, encode, args, bar, counts):
+    """Yield (tokens, tokens per document) of each batch, in order."""
     pending = []
-    while True:
-        for batch in itertools.islice(batches, ahead + 1 - len(pending)):
-            pending.append(pool.submit(tokenize, encode, *batch))
-        if not pending:
-            return
-        first, tokens, lengths = pending.pop(0).result()
-        bar.update(len(lengths))
-        counts["null"] += np.count_nonzero(lengths == 0)
-        yield first, tokens, lengths
-
-
-# -----------------------------------------------------------------------------
-# Creating and downloading shards
+    with ThreadPoolExecutor(args.num_proc) as pool:  # tiktoken releases the GIL
+        while True:
+            with hub_errors(args.dataset):
+                for batch in itertools.islice(batches, MAX_PENDING - len(pending)):
+                    pending.append(pool.submit(tokenize, encode, batch[args.text_column]))
+            if not pending:
+                return
+            tokens, lengths = pending.pop(0).result()
+            bar.update(len(lengths))
+            counts["null"] += lengths.count(0)
+            yield tokens, lengths
 
 
 def pack_shards(batches, size, start, limit):
@@ -527,8 +449,8 @@ def pack_shards(batches, size, start, limit):
     {"document": d, "token": t} means that token t of document d comes next.
     """
     shard = np.empty(min(size, limit), dtype=np.uint16)
-    filled, skip, end = 0, start["token"], start
-    for first, tokens, lengths in batches:
+    filled, document, skip, end = 0, start["document"], start["token"], start
+    for tokens, lengths in batches:
         edges = np.concatenate([[0], np.cumsum(lengths)])  # document boundaries in `tokens`
         a, skip = skip, 0
         while a < len(tokens) and limit:
@@ -536,11 +458,12 @@ def pack_shards(batches, size, start, limit):
             shard[filled : filled + b - a] = tokens[a:b]
             filled, limit = filled + b - a, limit - (b - a)
             d = int(np.searchsorted(edges, b, side="right")) - 1  # the document of token b
-            end = {"document": first + d, "token": b - int(edges[d])}
+            end = {"document": document + d, "token": b - int(edges[d])}
             a = b
             if filled == len(shard):
                 yield shard, {"start": start, "end": end}
                 filled, start = 0, end
+        document += len(lengths)
         if not limit:  # without waiting for the next batch
             break
     if filled:
@@ -564,11 +487,17 @@ def create_shards(args, manifest):
     encode, data = load_encode(), open_data(args)
     bar = tqdm(unit=" documents", initial=todo[-1][1]["document"], disable=None,
                total=None if args.streaming or args.max_tokens else len(data))
-    ahead, counts = max(32, 3 * args.num_proc), Counter()  # enough work while a shard is written
-    with bar, start_workers(args.num_proc) as pool:
+    counts = Counter()
+    with bar:
         for index, start, limit in todo:
-            batches = document_batches(data, args, start["document"])
-            batches = tokenize_batches(batches, encode, pool, ahead, bar, counts)
+            first = start["document"]
+            if args.streaming:
+                if first:
+                    print_line(f"skipping {first:,} documents of completed shards")
+                batches = data.skip(first).iter(JOB_DOCUMENTS)
+            else:  # Dataset.skip refuses to skip all
+                batches = (data[i : i + JOB_DOCUMENTS] for i in range(first, len(data), JOB_DOCUMENTS))
+            batches = tokenize_batches(batches, encode, args, bar, counts)
             for tokens, positions in pack_shards(batches, args.shard_size, start, limit):
                 if not shards:  # a rerun refuses shards without a manifest
                     save_manifest(args.out, manifest)
@@ -618,10 +547,6 @@ def download_shards(args, manifest):
     save_manifest(args.out, manifest, complete=True)
 
 
-# -----------------------------------------------------------------------------
-# Main
-
-
 def run(args):
     """Create, download or verify shards."""
     if args.verify:
@@ -637,7 +562,7 @@ def run(args):
     print_line(f"{args.out}: {tokens:,} tokens of {manifest['documents']:,} documents in {number} shards")
     if number == 1:
         print_line("warning: all tokens are in the validation shard, none are left to train on; delete "
-                   f"{args.out} and rerun with --shard_size {max(tokens // 10, 1)} or less", "stderr")
+                   f"{args.out} and rerun with --shard_size {max(tokens // 10, 1)} or less", sys.stderr)
 
 
 def main(argv=None):
@@ -657,8 +582,8 @@ def main(argv=None):
         status, message = 2, f"error: {e}"
     except ImportError as e:
         status, message = 2, f"error: {e}; run pip install -r requirements.txt"
-    except (MemoryError, BrokenExecutor) as e:
-        status, message = 1, f"error: out of memory? {one_line(e)}; reduce --num_proc; {rerun}"
+    except MemoryError as e:
+        status, message = 1, f"error: out of memory ({e}); reduce --shard_size or --num_proc; {rerun}"
     except OSError as e:
         status, message = 1, f"error: {e}; {rerun}"
     except KeyboardInterrupt:

@@ -16,10 +16,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.parse
 
 import numpy as np
+import pytest
 from processes import at, kill  # noqa: F401  used by PATCH
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -143,11 +143,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 # fineweb.py as a subprocess
 
 
-def start(env, encoder, *argv, patch=""):
-    """Start fineweb.py in a process group of its own. encoder: "real" for the unmodified script, else the
-    name of a function below. patch: see the end of this file."""
-    script = [fineweb.__file__] if encoder == "real" else [__file__, encoder]
-    return subprocess.Popen([sys.executable, *script, *map(str, argv)], text=True, start_new_session=True,
+def start(env, *argv, patch=""):
+    """Start fineweb.py, with encode_bytes, in a process group of its own. patch: see the end of this file."""
+    return subprocess.Popen([sys.executable, __file__, *map(str, argv)], text=True, start_new_session=True,
                             env={**os.environ, **env, "PATCH": patch}, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)  # fmt: skip
 
@@ -164,18 +162,12 @@ def finish(process, status=0):
 
 
 def killed(env, *argv, patch):
-    """Run fineweb.py until `patch` kills it, and check that its workers exit too."""
-    process = start(env, "encode_bytes", *argv, patch=patch)
-    process.wait(200)
-    assert process.returncode == -signal.SIGKILL, process.communicate()[1]
-    deadline = time.monotonic() + 60
-    with contextlib.suppress(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)
-            time.sleep(0.02)
+    """Run fineweb.py until `patch` kills it, and check that no process of its own is left."""
+    process = start(env, *argv, patch=patch)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == -signal.SIGKILL, err
+    with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError("a worker is still running")
-    process.communicate()
 
 
 def shards_of(folder, kind="npy"):
@@ -233,13 +225,6 @@ def write_parquet(path, texts, rows=50):
 # In the subprocess
 
 
-def exit_on_deadly_text(text):
-    """Exit like a process that is killed for its memory use."""
-    if "deadly" in text:
-        os._exit(9)
-    return encode_bytes(text)
-
-
 def torn_shard(nth):
     """Kill this process after half of the nth shard is written."""
     save, calls = np.save, itertools.count(1)
@@ -260,11 +245,9 @@ def stay():
 
 
 # Runs fineweb.py with many small batches. PATCH is Python code that runs first and may use the names
-# of this module, for example 'at("os.replace", kill, nth=7)'. IN_WORKERS runs in the workers.
-if __name__ == "__mp_main__":
-    exec(os.environ.get("IN_WORKERS", ""))
+# of this module, for example 'at("os.replace", kill, nth=7)'.
 if __name__ == "__main__":
     fineweb.JOB_DOCUMENTS = 3
-    fineweb.load_encode = lambda: globals()[sys.argv[1]]
+    fineweb.load_encode = lambda: encode_bytes
     exec(os.environ.get("PATCH", ""))
-    fineweb.main(sys.argv[2:])
+    fineweb.main()
