@@ -25,7 +25,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from train_gpt2 import (
-    GPT, GPT2_SIZES, SMOKE, UserError, apply_head, apply_rotary_emb, causal_attention, make_optimizer,
+    GPT, PRESETS, UserError, apply_head, apply_rotary_emb, causal_attention, make_optimizer,
     print0, run_script,
 )
 
@@ -124,8 +124,8 @@ class ModernGPT(GPT):
     """The model of the recipe. Same interface as GPT."""
 
     arch = "modern"
-    presets = {name: size | RECIPE | dict(n_head=N_HEAD[name]) for name, size in GPT2_SIZES.items()}
-    presets["smoke"] = SMOKE | RECIPE | dict(n_layer=3, max_steps=SMOKE["max_steps"], eval_every=50)
+    presets = {name: PRESETS[name] | RECIPE | dict(n_head=n_head) for name, n_head in N_HEAD.items()}
+    presets["smoke"] = PRESETS["smoke"] | RECIPE | dict(n_layer=3, max_steps=100, eval_every=50)
     unsupported_flags = ("pos", "mlp", "norm")
     lookup_only_params = ("transformer.wte.weight",)
 

@@ -56,7 +56,6 @@ except ModuleNotFoundError:  # optional: without hellaswag.py that evaluation is
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARDS_DIR = os.path.join(HERE, "edu_fineweb10B")
-SMOKE_TEXT = os.path.join(HERE, "input.txt")
 
 # =============================================================================
 # Part 1: the lecture
@@ -65,26 +64,24 @@ SMOKE_TEXT = os.path.join(HERE, "input.txt")
 # -----------------------------------------------------------------------------
 # Command-line flags. A flag's group determines whether --resume may change it.
 
-GPT2_SIZES = {
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+PRESETS = {  # learning rates: GPT-3 paper, table 2.1
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, max_lr=6e-4),  # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4),  # 350M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),  # 1558M
+    # Runs on a laptop CPU with bundled text. float32 keeps results comparable across CPUs.
+    "smoke": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, T=128, total_batch_size=512, max_lr=1.5e-3,
+                  warmup_steps=20, max_steps=100, eval_every=25, val_tokens=4096, hellaswag=0,
+                  dtype="float32", data=os.path.join(HERE, "input.txt")),
 }
-MAX_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}  # GPT-3 paper, table 2.1
-# Runs on a laptop CPU with bundled text. float32 keeps results comparable across CPUs.
-SMOKE = dict(n_layer=4, n_head=4, n_embd=128, block_size=256, T=128, total_batch_size=512, max_lr=1.5e-3,
-             warmup_steps=20, max_steps=100, eval_every=25, val_tokens=4096, hellaswag=0, dtype="float32",
-             data=SMOKE_TEXT)
-PRESETS = {name: size | dict(max_lr=MAX_LR[name]) for name, size in GPT2_SIZES.items()} | {"smoke": SMOKE}
-
-
-# The defaults are GPT-3's: batches of 0.5M tokens, warm-up over 375M tokens, cosine decay to 10% of the peak,
-# weight decay 0.1 and clipping at 1.0. max_steps is 10e9 tokens / 2**19 tokens per step.
 
 
 def build_parser(model_class):
-    """Build the parser. Defaults come from the "gpt2" preset of model_class."""
+    """Build the parser. The "gpt2" preset of model_class overrides the defaults, which are GPT-3's.
+
+    Batches of 0.5M tokens, warm-up over 375M tokens, cosine decay to 10% of the peak, weight decay 0.1 and
+    clipping at 1.0. max_steps is 10e9 tokens / 2**19 tokens per step.
+    """
     docs = (sys.modules[model_class.__module__].__doc__ or "").strip().split("\n\n")  # None under python -OO
     parser = FlagParser("\n\n".join(docs[:2]), model_class.presets["gpt2"], model_class.unsupported_flags)
     on_off = argparse.BooleanOptionalAction
@@ -170,17 +167,15 @@ class GPTConfig:
     """Model hyperparameters."""
 
     block_size: int = 1024  # maximum context length
-    vocab_size: int = 50257  # 50,000 BPE merges + 256 bytes + <|endoftext|>
+    # 50,000 BPE merges + 256 bytes + <|endoftext|>. Training pads it to 50304, a multiple of 128, for faster
+    # matmuls. The extra ids never occur as targets, so their logits are pushed down.
+    vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     pos: str = "learned"
     mlp: str = "gelu"
     norm: str = "layernorm"
-
-
-# Training pads the vocabulary from 50257 to 50304, a multiple of 128, for faster matmuls: GPU kernels work on
-# tiles of such sizes. The extra ids never occur as targets, so their logits are pushed down.
 
 
 def make_norm(config):
@@ -614,21 +609,23 @@ def autocast(args, device):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+@dataclass
 class Evaluator:
-    """Run the enabled evaluations: validation loss, HellaSwag, samples.
+    """The enabled evaluations: validation loss, HellaSwag, samples. Each prints and returns its result."""
 
-    compiled_model: for full batches; the same object as model if not compiled. loader: DataLoaderLite of the
-    val split, or None. examples: HellaSwag examples, [] = off. prompt: token ids, [] = no samples (rank 0
-    only). stop: StopSignal.
-    """
+    args: argparse.Namespace
+    dist: "Dist"
+    model: GPT
+    compiled_model: nn.Module  # for full batches; the same object as model if not compiled
+    loader: DataLoaderLite | None  # of the val split
+    examples: list  # of HellaSwag, [] = off
+    prompt: list  # token ids, [] = no samples (rank 0 only)
+    tokenizer: object
+    stop: "StopSignal"
 
-    def __init__(self, args, dist, model, compiled_model, loader, examples, prompt, tokenizer, stop):
-        self.args, self.dist, self.stop = args, dist, stop
-        self.model, self.compiled_model = model, compiled_model
-        self.loader, self.examples, self.prompt, self.tokenizer = loader, examples, prompt, tokenizer
-        self.n_windows = min(max(1, args.val_tokens // loader.T), loader.n_windows) if loader else 0
-        if loader:
-            loader.read(np.arange(1))  # fail before training if the val split is unreadable
+    def __post_init__(self):
+        if self.loader:
+            self.loader.read(np.arange(1))  # fail before training if the val split is unreadable
 
     @contextlib.contextmanager
     def evaluation_mode(self):
@@ -644,13 +641,14 @@ class Evaluator:
 
         It does not depend on B or world size: the ranks share the windows, and the mean is over tokens.
         """
-        if not self.n_windows:
-            return None
         loader, dist = self.loader, self.dist
+        if not loader:
+            return None
+        n_windows = min(max(1, self.args.val_tokens // loader.T), loader.n_windows)
         total = torch.zeros((), device=dist.device)
-        for start in range(0, self.n_windows, loader.B * dist.world_size):
+        for start in range(0, n_windows, loader.B * dist.world_size):
             first = start + dist.rank * loader.B
-            windows = np.arange(first, min(first + loader.B, self.n_windows))
+            windows = np.arange(first, min(first + loader.B, n_windows))
             try:
                 if len(windows):
                     x, y = (t.to(dist.device) for t in loader.read(windows))
@@ -660,7 +658,7 @@ class Evaluator:
             except (OSError, UserError) as e:  # UserError: a token outside the vocabulary
                 self.stop.data_error = e
             self.stop.check()
-        val_loss = dist.all_reduce_sum([total.item()])[0] / self.n_windows
+        val_loss = dist.all_reduce_sum([total.item()])[0] / n_windows
         print0(f"validation loss: {val_loss:.4f}")
         return val_loss
 
@@ -693,17 +691,10 @@ class Evaluator:
             new = self.model.generate(idx, n_new, args.temperature, args.top_k, self.tokenizer.n_vocab,
                                       generator)
             idx = torch.cat([idx, *new], dim=1)
-        return [self.tokenizer.decode(ids) for ids in idx.tolist()]
-
-    def evaluate_only(self):
-        """Print validation loss, HellaSwag accuracy and samples."""
-        try:
-            self.validate()
-            self.score_hellaswag()
-        except TrainingInterrupted:
-            raise RunError(self.stop.data_error_message() or "interrupted") from None
-        for i, text in enumerate(self.sample()):
-            print0(f"sample {i}: {text}")
+        texts = [self.tokenizer.decode(ids) for ids in idx.tolist()]
+        for i, text in enumerate(texts):
+            print0(f"rank 0 sample {i}: {text}")
+        return texts
 
 
 # -----------------------------------------------------------------------------
@@ -747,11 +738,10 @@ class Trainer:
         device, is_cuda = self.dist.device, self.dist.device.type == "cuda"
         try:
             batch = self.loader.next_batch()
+            # non_blocking needs pinned memory; from pageable memory it is unsafe on MPS (pytorch#189690).
+            self.batch = [(t.pin_memory() if is_cuda else t).to(device, non_blocking=is_cuda) for t in batch]
         except (OSError, UserError) as e:  # UserError: a token outside the vocabulary
             self.stop.data_error = e
-            return
-        # non_blocking needs pinned memory; from pageable memory it is unsafe on MPS (pytorch#189690).
-        self.batch = [(t.pin_memory() if is_cuda else t).to(device, non_blocking=is_cuda) for t in batch]
 
     def update(self, lr):
         """Do one optimizer step on total_batch_size tokens: (loss, gradient norm before clipping).
@@ -796,12 +786,12 @@ class Trainer:
         # early sign of instability.
         norm = nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.grad_clip or math.inf)
         # Piggyback the stop flags on the loss all-reduce so that all ranks stop after the same step.
-        flags = (loss_accum.new_full((1,), float(flag)) for flag in self.stop.local_flags())
-        shared = torch.cat([loss_accum.view(1), *flags])
+        flags = (torch.full_like(loss_accum, flag) for flag in self.stop.local_flags())
+        shared = torch.stack([loss_accum, *flags])
         if self.dist.world_size > 1:
             torch.distributed.all_reduce(shared)
         # .tolist() is the only host-device synchronization of the step (float16's scaler adds one).
-        loss, signals, data_errors, norm = torch.cat([shared, norm.view(1)]).tolist()
+        loss, signals, data_errors, norm = torch.stack([*shared, norm]).tolist()
         if data_errors:  # the batch is incomplete: discard this update
             raise TrainingInterrupted
         self.stop.agreed = signals > 0
@@ -818,10 +808,7 @@ class Trainer:
                        f"{offset} and later; show its text with --inspect {self.step}")
 
     def save(self, permanent=False, final=False):
-        """Write last.pt, and if permanent also model_{step:05d}.pt. All ranks must call it.
-
-        A failed write prints a warning; with final it raises RunError.
-        """
+        """Save a checkpoint, see save_checkpoint. All ranks must call it."""
         optimizers = {name: full_optimizer_state(o, self.dist) for name, o in self.optimizers.items()}
         if self.dist.master_process:
             state = self.run_metadata | dict(
@@ -846,7 +833,7 @@ def train(trainer, evaluator, run_log):
         step, last_step = trainer.step, trainer.step >= args.max_steps
 
         # once in a while: validation loss, HellaSwag, samples
-        if is_evaluated(step, args):
+        if is_due(step, args.eval_every, args):
             trainer.val_loss = evaluator.validate()
             hella_acc = evaluator.score_hellaswag()
             if run_log:
@@ -856,8 +843,8 @@ def train(trainer, evaluator, run_log):
                     run_log.draw_curves()
 
         # once in a while: checkpoint
-        permanent = last_step or is_due(step, args.checkpoint_every)
-        if permanent or is_due(step, args.save_every):
+        permanent = last_step or is_due(step, args.checkpoint_every, args)
+        if step > 0 and (permanent or is_due(step, args.save_every, args)):
             trainer.save(permanent, final=last_step)
         if last_step:
             return
@@ -876,14 +863,9 @@ def train(trainer, evaluator, run_log):
             raise TrainingInterrupted
 
 
-def is_evaluated(step, args):
-    """True every eval_every steps, at step 0 and after the last update; never if eval_every is 0."""
-    return args.eval_every > 0 and (step % args.eval_every == 0 or step >= args.max_steps)
-
-
-def is_due(step, every):
-    """True every `every` steps, but not at step 0; never if every is 0."""
-    return step > 0 and every > 0 and step % every == 0
+def is_due(step, every, args):
+    """True at step 0, every `every` steps and after the last update; never if `every` is 0."""
+    return every > 0 and (step % every == 0 or step >= args.max_steps)
 
 
 # =============================================================================
@@ -1076,10 +1058,6 @@ def load_optimizer_state(optimizer, saved):
 PARENT_PID = os.getppid()
 
 
-class TrainingInterrupted(Exception):
-    """Raised on all ranks together; the run then saves and stops."""
-
-
 class StopSignal:
     """Stop requests of this rank.
 
@@ -1121,7 +1099,7 @@ class StopSignal:
     def check(self):
         """Raise TrainingInterrupted on all ranks if any rank has a reason to stop. Collective."""
         if any(self.dist.all_reduce_sum(self.local_flags())):
-            raise TrainingInterrupted
+            raise TrainingInterrupted(self.data_error_message() or "interrupted")
 
     def data_error_message(self):
         """The message of the first rank that could not read its data; None if all could. Collective."""
@@ -1276,7 +1254,8 @@ def is_finished(ckpt, args):
 
 def load_weights(name):
     """Load the weights of a checkpoint path or a Hugging Face name or directory as a checkpoint dict."""
-    if name not in GPT2_SIZES and not os.path.isfile(os.path.join(name, "model.safetensors")):
+    is_hub_name = re.fullmatch("gpt2(-medium|-large|-xl)?", name)
+    if not is_hub_name and not os.path.isfile(os.path.join(name, "model.safetensors")):
         ckpt = load_checkpoint(name)
         ckpt.pop("optimizer", None)  # free the memory
         return ckpt
@@ -1498,9 +1477,6 @@ def load_data(args, is_explicit, ckpt, dist):
     if streams and name == "bytes":
         raise UserError(f"the checkpoint was trained on byte tokens, but {path} holds GPT-2 tokens; use "
                         "--data with its text file")
-    if streams and name == "bytes":
-        raise UserError(f"the checkpoint was trained on byte tokens, but {path} holds GPT-2 tokens; use "
-                        "--data with its text file")
     tokenizer = None
     if text is not None or args.num_samples or args.hellaswag or args.inspect is not None:
         tokenizer = load_tokenizer(name, dist, bool(streams))
@@ -1602,8 +1578,9 @@ class RunLog:
         settings["model"] = settings.pop("config")
         with atomic_write(os.path.join(args.log_dir, "config.json")) as f:
             f.write(json.dumps(settings, indent=1).encode())
+        evaluates = is_due(trainer.step, args.eval_every, args)
         self.log_file, self.samples_file = (
-            open_step_file(os.path.join(args.log_dir, name), trainer.step, is_evaluated(trainer.step, args))
+            open_step_file(os.path.join(args.log_dir, name), trainer.step, evaluates)
             for name in ("log.txt", "samples.txt"))
         self.flops_per_step = trainer.raw_model.flops_per_token(args.T) * args.total_batch_size
         self.peak_flops = peak_flops(dist, args.dtype)
@@ -1647,7 +1624,6 @@ class RunLog:
 
     def log_samples(self, step, texts):
         for i, text in enumerate(texts):
-            print0(f"rank 0 sample {i}: {text}")
             self.write(self.samples_file, f"{step} sample {i}: {json.dumps(text, ensure_ascii=False)}\n")
 
     def draw_curves(self, timeout=0.0):
@@ -1697,12 +1673,12 @@ class UserError(Exception):
     """A mistake in flags or files, with its fix; exit status 2."""
 
 
-class DataError(UserError):
-    """Data that became unreadable, or a token outside the vocabulary."""
-
-
 class RunError(Exception):
     """The environment failed (disk, network) or training diverged; exit status 1."""
+
+
+class TrainingInterrupted(RunError):
+    """Raised on all ranks together; a training run then saves and stops."""
 
 
 # Mistakes of the user, with errors of Python whose message needs no further explanation.
@@ -2049,7 +2025,9 @@ def run(args, dist, model_class, ckpt, is_resume, streams, tokenizer, examples, 
     evaluator = Evaluator(args, dist, model, wrapped_model if use_compile else model, val_loader, examples,
                           prompt, tokenizer, stop)
     if args.eval_only:
-        evaluator.evaluate_only()
+        evaluator.validate()
+        evaluator.score_hellaswag()
+        evaluator.sample()
         return 0
 
     loader = DataLoaderLite(*loader_args, streams["train"], args.total_batch_size // args.T, args.shuffle,

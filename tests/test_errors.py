@@ -79,7 +79,7 @@ def test_incomplete_environment_of_torchrun(forks, tmp_path, env, word):
 
 def test_world_sizes_that_divide_the_batch():
     """A smoke run works on 1, 2 and 4 CPU ranks; the error for others names the nearest batch sizes."""
-    smoke = SimpleNamespace(**train_gpt2.SMOKE, B=0)
+    smoke = SimpleNamespace(**train_gpt2.PRESETS["smoke"], B=0)
     for n in (1, 2, 4):
         assert choose_preset({}, Dist(0, 0, n, torch.device("cpu")))[0] == "smoke"
         assert sequences_per_rank(smoke, n) == 4 // n

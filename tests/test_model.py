@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import train_gpt2
 from train_gpt2 import GPT, DataLoaderLite, GPTConfig, UserError, export_hf, get_lr
 
-SIZES = train_gpt2.GPT2_SIZES
+SIZES = {name: {k: n for k, n in preset.items() if k in ("n_layer", "n_head", "n_embd")}
+         for name, preset in train_gpt2.PRESETS.items()}
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=4, n_embd=32)
 VARIANTS = [{}, dict(pos="rope"), dict(mlp="swiglu"), dict(norm="rmsnorm"),
             dict(pos="rope", mlp="swiglu", norm="rmsnorm")]

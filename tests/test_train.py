@@ -81,7 +81,7 @@ def test_smoke_run_is_a_complete_run(tmp_path):
     assert "preset smoke" in result.stdout and "python fineweb.py" in result.stdout
     assert "rank 0 sample 3: Hello, I'm a language model," in result.stdout
     assert {"last.pt", "model_00050.pt", "config.json"} <= {*os.listdir(tmp_path / "log")}
-    assert train_gpt2.SMOKE["hellaswag"] == 0  # no download on a GPU either
+    assert train_gpt2.PRESETS["smoke"]["hellaswag"] == 0  # no download on a GPU either
 
 
 def test_without_a_vocabulary_the_smoke_run_learns_bytes_smoothly(forks, tmp_path):
@@ -117,7 +117,7 @@ def test_eval_only(tiny_run, tmp_path, monkeypatch, capsys):
     run_here(*flags, "--prompt=green")
     out = capsys.readouterr().out
     assert f"validation loss: {read_log(tiny_run[0] / 'log')[4, 'val']}" in out  # on the data of its training
-    assert re.search(r"^sample 0: green.*^sample 1: green", out, flags=re.M | re.S)
+    assert re.search(r"^rank 0 sample 0: green.*^rank 0 sample 1: green", out, flags=re.M | re.S)
     run_here(*flags, "--prompt=green")
     assert capsys.readouterr().out == out  # seeded
     run_here(*flags, "--prompt=-", "--temperature=0")
