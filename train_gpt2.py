@@ -396,14 +396,15 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type):
         """Load a model in eval mode by Hugging Face name (gpt2, ...) or checkpoint path. Raises UserError."""
-        return cls.from_checkpoint(load_weights(model_type), model_type).eval()
+        return cls.from_checkpoint(load_weights(model_type)).eval()
 
     @classmethod
-    def from_checkpoint(cls, ckpt, path):
-        """Build the model of a loaded checkpoint. `path` is for error messages. Raises UserError."""
-        script = script_of(ckpt.get("arch", "gpt2"))
-        if script != script_of(cls.arch):
-            raise UserError(f"{path} is a checkpoint of {script}, not of {script_of(cls.arch)}; use {script}")
+    def from_checkpoint(cls, ckpt):
+        """Build the model of a loaded checkpoint. Raises UserError."""
+        path, arch = ckpt["path"], ckpt.get("arch", "gpt2")
+        if arch != cls.arch:
+            script = "train_gpt2.py" if arch == "gpt2" else f"{arch}.py"
+            raise UserError(f"{path} has the architecture {arch}, not {cls.arch}; use {script}")
         try:
             model = cls(GPTConfig(**ckpt["config"]))
             model.load_state_dict(ckpt["model"])
@@ -616,7 +617,7 @@ class Evaluator:
     args: argparse.Namespace
     dist: "Dist"
     model: GPT
-    compiled_model: nn.Module  # for full batches; the same object as model if not compiled
+    compiled_model: nn.Module  # model wrapped in DDP and torch.compile, for full batches
     loader: DataLoaderLite | None  # of the val split
     examples: list  # of HellaSwag, [] = off
     prompt: list  # token ids, [] = no samples (rank 0 only)
@@ -965,15 +966,11 @@ def check_mps(args, B):
 
 
 def apply_head(head, x):
-    """head(x) for the output head, an nn.Linear (C -> V); on MPS in slices of the vocabulary.
-
-    Its backward pass sums over the vocabulary: see check_mps.
-    """
+    """head(x) for an nn.Linear (C -> V); on MPS in slices of V, the length of a backward sum (check_mps)."""
     if x.device.type != "mps":
         return head(x)
-    weights = head.weight.split(16384)
-    biases = [None] * len(weights) if head.bias is None else head.bias.split(16384)
-    return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
+    logits = torch.cat([F.linear(x, weight) for weight in head.weight.split(16384)], dim=-1)
+    return logits if head.bias is None else logits + head.bias
 
 
 def can_compile(device):
@@ -988,8 +985,8 @@ def can_compile(device):
         return False
 
 
-def wrap_ddp_and_compile(model, dist, use_compile):
-    """Wrap the model in DDP if there are several ranks, then compile it.
+def wrap_ddp_and_compile(model, args, dist):
+    """Wrap the model in DDP if there are several ranks, then compile it if all ranks can. Collective.
 
     DDP averages gradients over the ranks. torch.compile fuses elementwise operations into few kernels, so
     activations make fewer trips to GPU memory, and removes Python overhead.
@@ -997,7 +994,8 @@ def wrap_ddp_and_compile(model, dist, use_compile):
     if dist.world_size > 1:
         # torch.compile splits the graph at bucket boundaries: use 100 MB instead of 25 MB
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=100)
-    if not use_compile:
+    wants_compile = dist.device.type == "cuda" if args.compile is None else args.compile
+    if not all(dist.all_gather_object(wants_compile and can_compile(dist.device))):
         return model
     if dist.device.type == "cpu":  # the compiled embedding backward uses atomic adds, whose order varies
         torch.use_deterministic_algorithms(True)
@@ -1015,22 +1013,19 @@ def make_optimizer(optimizer_class, params, zero, **settings):
 
 
 def full_optimizer_state(optimizer, dist):
-    """Return the optimizer's state_dict; with ZeRO, gather its shards on rank 0. Collective.
-
-    Each tensor is broadcast from its owner: consolidate_state_dict() takes 40 s at 124M.
-    """
+    """Return the optimizer's state_dict; with ZeRO, gather its shards on rank 0. Collective."""
     if not hasattr(optimizer, "optim"):
         return optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     shard, states = optimizer.optim.state, {}
-    owners = dist.all_reduce_sum([dist.rank if p in shard else 0 for p in params])
-    # Rank 0 always owns the largest tensor; its state has the same keys as all others.
-    example = next(iter(shard.values()), {})
-    keys = dist.all_gather_object([key for key, value in example.items() if value.dim()])[0]
-    for i, (p, owner) in enumerate(zip(params, owners, strict=True)):
-        states[i] = {k: v.clone() for k, v in example.items() if not v.dim()}  # step counters
-        for key in keys:
-            tensor = shard[p][key] if owner == dist.rank else torch.empty_like(p)
+    # Gather the step counters, and None for each tensor. Then broadcast the tensors from their owners:
+    # consolidate_state_dict() takes 40 s at 124M.
+    counters = {i: {key: None if value.dim() else value.cpu() for key, value in shard[p].items()}
+                for i, p in enumerate(params) if p in shard}
+    for owner, theirs in enumerate(dist.all_gather_object(counters)):
+        states |= theirs
+        for i, key in [(i, key) for i, state in theirs.items() for key in state if state[key] is None]:
+            tensor = shard[params[i]][key] if owner == dist.rank else torch.empty_like(params[i])
             torch.distributed.broadcast(tensor, owner)
             if dist.master_process:
                 states[i][key] = tensor.cpu()
@@ -1059,10 +1054,9 @@ PARENT_PID = os.getppid()
 
 
 class StopSignal:
-    """Stop requests of this rank.
+    """Stop requests of this rank: SIGTERM, SIGINT, SIGHUP, the death of torchrun, or a data error.
 
-    SIGTERM, SIGINT, SIGHUP or the death of torchrun stops the run after the current step or evaluation batch.
-    A second signal exits at once. A data error exits with status 1.
+    The run stops after the current step or evaluation batch. A second signal exits at once.
     """
 
     def __init__(self, dist):
@@ -1071,17 +1065,12 @@ class StopSignal:
         self.data_error = None  # of this rank
         self.agreed = False  # whether any rank received a signal
 
-    @contextlib.contextmanager
-    def handlers(self):
-        """Context: handle signals (main thread only); restore the old handlers on exit."""
-        signums = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}
-        if threading.current_thread() is not threading.main_thread():
-            signums = ()
-        with contextlib.ExitStack() as stack:
-            for signum in signums:
+    def install_handlers(self, stack):
+        """Handle signals (main thread only) until `stack` restores the old handlers."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     stack.callback(signal.signal, signum, signal.signal(signum, self.handle))
-            yield
 
     def handle(self, signum, frame):
         # Slurm signals torchrun and its workers, and torchrun forwards the signal, so workers receive it
@@ -1108,7 +1097,7 @@ class StopSignal:
 
 
 # -----------------------------------------------------------------------------
-# Checkpoint files
+# Checkpoint files, and weights from and to Hugging Face
 #
 # A checkpoint is a dict of plain data that torch.load(weights_only=True) reads without this code:
 #   arch        "gpt2" (also if missing) or "modern": the script that it belongs to
@@ -1147,10 +1136,7 @@ def link_or_copy(source, path):
 
 
 def save_checkpoint(state, log_dir, permanent, final):
-    """Write last.pt, then link it to model_{step:05d}.pt if permanent.
-
-    A failed write leaves the older files intact. It is a warning, or if final a RunError.
-    """
+    """Write last.pt and its link as described in Trainer.save. A failed write leaves older files intact."""
     t0, step, last = time.perf_counter(), state["step"], os.path.join(log_dir, "last.pt")
     try:
         with atomic_write(last) as f:
@@ -1167,10 +1153,9 @@ def save_checkpoint(state, log_dir, permanent, final):
 
 
 def load_checkpoint(path):
-    """Load a checkpoint of this project or of build-nanogpt as a dict. Raises UserError.
+    """Load a checkpoint of this project or of build-nanogpt as a dict, with its path. Raises UserError.
 
-    Verifies the CRC and executes no code. On POSIX the tensors are mapped from the file, so that ranks on
-    one machine share the memory.
+    Verifies the CRC and executes no code. On POSIX the ranks on one machine share the mapped file's memory.
     """
     # build-nanogpt pickled its GPTConfig
     allowed = [(GPTConfig, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2", "model")]
@@ -1189,7 +1174,7 @@ def load_checkpoint(path):
         ckpt["config"] = dict(config if isinstance(config, dict) else vars(config))
         ckpt["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): value
                          for name, value in ckpt["model"].items()}
-        return ckpt
+        return ckpt | {"path": path}
     except Exception as e:  # damaged files cause many kinds of errors
         raise UserError(f"{path} is not a valid checkpoint ({one_line(e)})") from None
 
@@ -1202,17 +1187,17 @@ def find_latest_checkpoint(log_dir):
         except Exception:
             return math.inf  # unreadable: sorted first, so that its warning is printed
 
-    last = os.path.join(log_dir, "last.pt")
-    paths = [last] * os.path.exists(last) + glob.glob(os.path.join(glob.escape(log_dir), "model_*.pt"))
+    paths = [os.path.join(log_dir, name) for pattern in ("last.pt", "model_*.pt")
+             for name in glob.glob(pattern, root_dir=log_dir)]
     paths.sort(key=step_of, reverse=True)  # stable: last.pt before the permanent one of its step
     for path in paths:
         try:
             ckpt = load_checkpoint(path)
             if not {"optimizer", "flags", "data", "step", "tokenizer", "scaler", "rng"} <= {*ckpt}:
                 raise UserError(f"{path} holds weights only; start from it with --init {path}")
-            return ckpt | {"path": path, "data": data_identity(ckpt["data"])}
+            return ckpt | {"data": data_identity(ckpt["data"])}
         except UserError as e:
-            warn(f"{e}" + ("; trying the previous checkpoint" if path != paths[-1] else ""))
+            warn(f"skipping a checkpoint: {e}")
     if paths:
         raise UserError(f"no valid checkpoint among {len(paths)} in {log_dir}; to start fresh, omit --resume")
     return None
@@ -1235,21 +1220,16 @@ def data_identity(data):
 
 def is_finished(ckpt, args):
     """Return whether the run is complete at --max_steps; if so, print it. Raises UserError."""
-    step, val_loss = ckpt["step"], ckpt["val_loss"]
+    step = ckpt["step"]
     if args.max_steps < step:
         raise UserError(f"--max_steps {args.max_steps} is below step {step} of {ckpt['path']}")
     # checkpoints of earlier versions have no "finished"; a run killed before the link has no model_N.pt
-    is_complete = ckpt.get("finished", val_loss is not None)
+    is_complete = ckpt.get("finished", ckpt["val_loss"] is not None)
     if args.max_steps > step or not is_complete or not os.path.exists(f"{args.log_dir}/model_{step:05d}.pt"):
         return False
-    loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
-    print0(f"the run in {args.log_dir} is finished: {step} steps{loss}; to train longer, pass a larger "
+    print0(f"the run in {args.log_dir} is finished: {step} steps; to train longer, pass a larger "
            "--max_steps")
     return True
-
-
-# -----------------------------------------------------------------------------
-# Weights from and to Hugging Face
 
 
 def load_weights(name):
@@ -1268,7 +1248,7 @@ def load_weights(name):
     c = hf.config
     config = dict(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
                   n_embd=c.n_embd)
-    return dict(config=config, model=transpose_conv1d(hf.state_dict()), tokenizer="gpt2", flags={})
+    return dict(config=config, model=transpose_conv1d(hf.state_dict()), tokenizer="gpt2", flags={}, path=name)
 
 
 def transpose_conv1d(state):
@@ -1542,28 +1522,35 @@ def open_log_dir(args):
 
 
 def open_step_file(path, from_step, evaluates):
-    """Open a text file, whose lines start with a step, for appending. Drops the lines that will be repeated.
+    """Open a text file of lines that start with a step for appending, without those that will be repeated.
 
     evaluates: whether from_step is evaluated again; else its evaluations are kept.
     """
-    lines, evaluations = [], rb"%d (val|hella|sample) " % from_step
+    kept, evaluation = [], rb"%d (val|hella|sample) " % from_step
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
-        lines = [x for x in f if re.match(rb"\d+ .*\n", x)]
+        kept = [x for x in f if re.match(rb"\d+ .*\n", x) and (
+            int(x.split()[0]) < from_step or not evaluates and re.match(evaluation, x))]
     with atomic_write(path) as f:
-        f.write(b"".join(line for line in lines if int(line.split()[0]) < from_step or (
-            not evaluates and re.match(evaluations, line))))
+        f.writelines(kept)
     return open(path, "ab", buffering=1 << 20)
 
 
 class RunLog:
     """Output of rank 0: console, log.txt, samples.txt, config.json, curves.png, Weights & Biases."""
 
-    def __init__(self, trainer, streams, use_compile):
+    def __init__(self, trainer, streams):
         self.args = args = trainer.args
         dist, loader = trainer.dist, trainer.loader
         name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
-        device = f"{dist.device} ({name})"
-        print0(f"using device: {device}, {args.dtype}, compile {'on' if use_compile else 'off'}")
+        settings = trainer.run_metadata | dict(
+            B=loader.B, world_size=dist.world_size, device=f"{dist.device} ({name})",
+            compile=hasattr(trainer.model, "_orig_mod"), first_shard=loader.tokens.names[0],
+            torch=torch.__version__)
+        settings["model"] = settings.pop("config")
+        with atomic_write(os.path.join(args.log_dir, "config.json")) as f:
+            f.write(json.dumps(settings, indent=1).encode())
+        compiled = "on" if settings["compile"] else "off"
+        print0(f"using device: {settings['device']}, {args.dtype}, compile {compiled}")
         print0(f"total desired batch size: {args.total_batch_size}")
         print0(f"=> calculated gradient accumulation steps: {loader.grad_accum_steps} (B {loader.B}, "
                f"T {args.T}, ranks {dist.world_size})")
@@ -1572,18 +1559,12 @@ class RunLog:
         epochs = args.max_steps * loader.sequences_per_step / loader.n_windows
         print0(f"max_steps {args.max_steps} is {epochs:.3f} epochs of {loader.n_windows:,} windows")
 
-        settings = trainer.run_metadata | dict(
-            B=loader.B, world_size=dist.world_size, device=device, compile=use_compile,
-            first_shard=loader.tokens.names[0], torch=torch.__version__)
-        settings["model"] = settings.pop("config")
-        with atomic_write(os.path.join(args.log_dir, "config.json")) as f:
-            f.write(json.dumps(settings, indent=1).encode())
         evaluates = is_due(trainer.step, args.eval_every, args)
         self.log_file, self.samples_file = (
             open_step_file(os.path.join(args.log_dir, name), trainer.step, evaluates)
             for name in ("log.txt", "samples.txt"))
-        self.flops_per_step = trainer.raw_model.flops_per_token(args.T) * args.total_batch_size
-        self.peak_flops = peak_flops(dist, args.dtype)
+        flops, peak = trainer.raw_model.flops_per_token(args.T), peak_flops(dist, args.dtype)
+        self.peak_tokens_per_sec = peak and peak / flops
         self.write_failed, self.plot_process, self.wandb = False, None, None
         if args.wandb:
             import wandb
@@ -1613,11 +1594,11 @@ class RunLog:
     def log_update(self, step, loss, norm, lr, dt):
         """Print and log one update; print the remaining time now and then."""
         tokens_per_sec, max_steps = self.args.total_batch_size / dt, self.args.max_steps
-        mfu = self.flops_per_step / dt / self.peak_flops if self.peak_flops else None
+        mfu = self.peak_tokens_per_sec and tokens_per_sec / self.peak_tokens_per_sec  # None if unknown
         self.log(step, train=loss, norm=norm, lr=lr, dt=dt, tok_per_sec=tokens_per_sec, mfu=mfu)
-        mfu_text = "" if mfu is None else f" | mfu: {100 * mfu:.1f}%"
         print0(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-               f"dt: {dt * 1000:.2f}ms | tok/sec: {tokens_per_sec:.2f}{mfu_text}")
+               f"dt: {dt * 1000:.2f}ms | tok/sec: {tokens_per_sec:.2f}"
+               + (f" | mfu: {100 * mfu:.1f}%" if mfu else ""))
         if step % max(25, max_steps // 50) == 10:
             left = timedelta(seconds=round(dt * (max_steps - step - 1)))
             print0(f"{100 * (step + 1) / max_steps:.1f}% done, ETA {left}")
@@ -1627,21 +1608,19 @@ class RunLog:
             self.write(self.samples_file, f"{step} sample {i}: {json.dumps(text, ensure_ascii=False)}\n")
 
     def draw_curves(self, timeout=0.0):
-        """Redraw curves.png in the background, unless the last process runs, or failed (no matplotlib)."""
+        """Redraw curves.png, unless the last process runs for `timeout` seconds or failed (no matplotlib)."""
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             if self.plot_process is None or self.plot_process.wait(timeout) == 0:
                 self.plot_process = subprocess.Popen(  # in its own session: Ctrl-C must not reach it
                     [sys.executable, os.path.join(HERE, "plot.py"), self.args.log_dir],
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+                self.plot_process.wait(timeout)
 
     def close(self):
         with contextlib.suppress(OSError):  # write() has warned
             self.log_file.close()
             self.samples_file.close()
         self.draw_curves(timeout=60)
-        if self.plot_process:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.plot_process.wait(60)
         if self.wandb:
             self.wandb.finish()
 
@@ -1663,10 +1642,7 @@ def peak_flops(dist, dtype):
 
 
 # -----------------------------------------------------------------------------
-# Errors
-#
-# Every rank runs the same checks. Ranks other than 0 wait before they print, so that rank 0 reports first and
-# torchrun then ends them. An error on a single rank is printed by that rank.
+# Errors. Every rank runs the same checks.
 
 
 class UserError(Exception):
@@ -1738,14 +1714,12 @@ def report_error(script, error):
         time.sleep(3 + rank("LOCAL_RANK"))
     if lost_peer and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun reports the lost rank
         return
-    prefix = f"rank {rank()}: " if rank() else ""
+    prefix, message = f"rank {rank()}: " if rank() else "", str(error)
     if is_out_of_memory(error):
         message = f"out of memory ({one_line(error)}); use a smaller --B, --T or model"
     elif isinstance(error, ModuleNotFoundError):
-        message = f"{error}; pip install {error.name}"
-    elif is_expected:
-        message = str(error)
-    else:
+        message += f"; pip install {error.name}"
+    elif not is_expected:
         script, message = "", "".join(traceback.format_exception(error))
     with contextlib.suppress(OSError, ValueError):
         print((script and f"{script}: error: ") + prefix + message, file=sys.stderr, flush=True)
@@ -1799,8 +1773,7 @@ def resolve_config(cli_args, parser, model_class, dist, ckpt, is_resume):
             requested = model | cli_args
         fixed = ("model", "data order") if is_resume and not eval_only else ("model",)
         action = "resume" if is_resume else f"use --init {cli_args['init']}"
-        check_unchanged(action, {f"--{name}": (saved[name], value) for name, value in requested.items()
-                                 if group_of[name] in fixed})
+        check_unchanged(action, saved, {n: v for n, v in requested.items() if group_of[n] in fixed})
         if saved["min_lr"] == saved["max_lr"] / 10:
             saved["min_lr"] = None  # follows a new --max_lr
         taken = ("data", "T", "val_tokens", "hellaswag") if eval_only else ()
@@ -1823,9 +1796,9 @@ def resolve_config(cli_args, parser, model_class, dist, ckpt, is_resume):
     return args
 
 
-def check_unchanged(action, values):
-    """Raise UserError with a table of {name: (checkpoint, now)} where the two differ."""
-    rows = [(name, old, new) for name, (old, new) in sorted(values.items()) if old != new]
+def check_unchanged(action, saved, requested):
+    """Raise UserError with a table of the {flag: value} in `requested` that differ from those in `saved`."""
+    rows = [(f"--{name}", saved[name], new) for name, new in sorted(requested.items()) if saved[name] != new]
     if rows:
         table = "".join(f"\n  {name:20} | {old!s:36} | {new}"
                         for name, old, new in [("flag", "checkpoint", "now"), *rows])
@@ -1834,7 +1807,8 @@ def check_unchanged(action, values):
 
 
 def print_changes(args, ckpt, model_class):
-    """Print the optimization flags that a resume changes, and the learning rate of the next step."""
+    """Print what is resumed, the optimization flags that changed, and the learning rate of the next step."""
+    print0(f"resuming from {ckpt['path']}, step {ckpt['step']}")
     old, step, changes = argparse.Namespace(**(vars(args) | ckpt["flags"])), ckpt["step"], []
     for name in "max_steps", "max_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "dtype":
         before, now = getattr(old, name), getattr(args, name)
@@ -1958,11 +1932,6 @@ def inspect_step(args, tokens, tokenizer):
             print0(tokenizer.decode(ids[ids < tokenizer.n_vocab].tolist()))
 
 
-def script_of(arch):
-    """The script that trains an architecture."""
-    return "train_gpt2.py" if arch == "gpt2" else f"{arch}.py"
-
-
 def main(argv=None, model_class=GPT):
     """Train, evaluate or export a GPT or subclass; return the exit status. Raises UserError and RunError."""
     if torch.__version__ < (2, 9):
@@ -1978,7 +1947,7 @@ def main(argv=None, model_class=GPT):
             raise UserError("--eval_only and --export_hf need --init PATH, or --resume with a checkpoint")
         if args.export_hf:
             if dist.master_process:
-                export_hf(model_class.from_checkpoint(ckpt, ckpt.get("path", args.init)), args.export_hf)
+                export_hf(model_class.from_checkpoint(ckpt), args.export_hf)
             return 0
         compare_ranks(dist, {"the checkpoint (is --log_dir on shared storage?)":
                              is_resume and (ckpt["path"], ckpt["step"])})
@@ -1990,7 +1959,7 @@ def main(argv=None, model_class=GPT):
         compare_ranks(dist, {f"--{name}": value for name, value in cli_args.items()} | {
             "--dtype": args.dtype, "the training data": identity})
         if is_resume and not args.eval_only:
-            check_unchanged("resume", {"--data": (ckpt["data"], identity)})
+            check_unchanged("resume", ckpt, {"data": identity})
         if args.inspect is not None:
             inspect_step(args, streams["train"], tokenizer)
             return 0
@@ -2005,15 +1974,12 @@ def run(args, dist, model_class, ckpt, is_resume, streams, tokenizer, examples, 
 
     torch.manual_seed(args.seed)  # reproducible initialization; DDP also copies rank 0's weights
     if ckpt:
-        model = model_class.from_checkpoint(ckpt, ckpt.get("path", args.init))
+        model = model_class.from_checkpoint(ckpt)
         del ckpt["model"]  # free the memory
     else:
         config = {f.name: getattr(args, f.name, f.default) for f in fields(GPTConfig)}
         model = model_class(GPTConfig(**config))
     model.to(dist.device)
-    wants_compile = dist.device.type == "cuda" if args.compile is None else args.compile
-    use_compile = all(dist.all_gather_object(
-        wants_compile and not args.eval_only and can_compile(dist.device)))
     B = choose_B(args, n_sequences, model, dist)
     if dist.device.type == "mps":
         check_mps(args, B)
@@ -2021,9 +1987,8 @@ def run(args, dist, model_class, ckpt, is_resume, streams, tokenizer, examples, 
     loader_args = B, args.T, dist.rank, dist.world_size
     has_val = streams and args.val_tokens
     val_loader = DataLoaderLite(*loader_args, streams["val"], vocab_size=args.vocab_size) if has_val else None
-    wrapped_model = model if args.eval_only else wrap_ddp_and_compile(model, dist, use_compile)
-    evaluator = Evaluator(args, dist, model, wrapped_model if use_compile else model, val_loader, examples,
-                          prompt, tokenizer, stop)
+    wrapped_model = model if args.eval_only else wrap_ddp_and_compile(model, args, dist)
+    evaluator = Evaluator(args, dist, model, wrapped_model, val_loader, examples, prompt, tokenizer, stop)
     if args.eval_only:
         evaluator.validate()
         evaluator.score_hellaswag()
@@ -2034,37 +1999,38 @@ def run(args, dist, model_class, ckpt, is_resume, streams, tokenizer, examples, 
                             args.seed, args.vocab_size)
     run_metadata = dict(arch=model.arch, config=asdict(model.config), flags=vars(args),
                         tokenizer=tokenizer.name if tokenizer else "gpt2", data=loader.tokens.identity)
-    if args.wandb:  # a resumed run continues its curves there
-        run_metadata["wandb_id"] = is_resume and ckpt.get("wandb_id") or os.urandom(4).hex()
+    if args.wandb:
+        import wandb  # fails before the run directory is touched
+
+        old_id = ckpt.get("wandb_id") if is_resume else None
+        run_metadata["wandb_id"] = old_id or wandb.util.generate_id()
     trainer = Trainer(args, dist, model, wrapped_model, loader, stop, run_metadata,
                       ckpt if is_resume else None)
     if is_resume:
-        print0(f"resuming from {ckpt['path']}, step {trainer.step}")
         print_changes(args, ckpt, model_class)
     if args.warmup_steps > args.max_steps:
         warn(f"the learning rate never reaches --max_lr: --warmup_steps {args.warmup_steps} is greater than "
              f"--max_steps {args.max_steps}")
-    dist.all_gather_object()  # all ranks have passed all checks: files may be written now
-    run_log = None
-    if dist.master_process:
+    return run_training(trainer, evaluator, streams, stack)
+
+
+def run_training(trainer, evaluator, streams, stack):
+    """Open the run directory, run the training loop and handle its end. Returns the exit status."""
+    args, stop, run_log, is_interrupted = trainer.args, trainer.stop, None, False
+    trainer.dist.all_gather_object()  # all ranks have passed all checks: files may be written now
+    if trainer.dist.master_process:
         stack.callback(open_log_dir(args).release)
-        run_log = RunLog(trainer, streams, use_compile)
-    return run_training(trainer, evaluator, run_log)
-
-
-def run_training(trainer, evaluator, run_log):
-    """Run the training loop and handle its end. Returns the exit status."""
-    args, stop, is_interrupted = trainer.args, trainer.stop, False
-    with stop.handlers():
-        try:
-            train(trainer, evaluator, run_log)
-        except TrainingInterrupted:
-            is_interrupted = True
-            trainer.save(final=True)
-        finally:
-            if run_log:
-                run_log.close()
-    if is_interrupted:  # outside the handlers: torchrun's SIGTERM ends the ranks that report later
+        run_log = RunLog(trainer, streams)
+    stop.install_handlers(stack)
+    try:
+        train(trainer, evaluator, run_log)
+    except TrainingInterrupted:
+        is_interrupted = True
+        trainer.save(final=True)
+    finally:
+        if run_log:
+            run_log.close()
+    if is_interrupted:
         if data_error := stop.data_error_message():
             raise RunError(f"{data_error}. Checkpoint saved at step {trainer.step}; fix the data and rerun "
                            "with --resume")
@@ -2073,8 +2039,8 @@ def run_training(trainer, evaluator, run_log):
     loss = "" if trainer.val_loss is None else f", validation loss {trainer.val_loss:.4f}"
     print0(f"done: {args.max_steps} steps, {args.max_steps * args.total_batch_size:,} tokens{loss}")
     if args.preset == "smoke" and args.max_steps < 1000:
-        print0(f"next: python {script_of(trainer.raw_model.arch)} --max_steps 1000, or `python fineweb.py "
-               "--pretokenized 10` and a GPU for the 124M run")
+        print0("next: the same command with --max_steps 1000, or `python fineweb.py --pretokenized 10` and a "
+               "GPU for the 124M run")
     return 0
 
 

@@ -170,7 +170,7 @@ def do(order):
     job.update(order)
     enter(job)
     train_gpt2.PARENT_PID = os.getppid()
-    sys.modules["matplotlib"] = None  # drawing takes seconds
+    train_gpt2.RunLog.draw_curves = lambda self, timeout=0.0: None  # takes seconds
     script = importlib.import_module(job.get("script") or "train_gpt2")
     exec(job["patch"], globals())
     try:

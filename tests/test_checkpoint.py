@@ -128,7 +128,7 @@ def test_flipped_bits(tmp_path, rng):
             except UserError as e:
                 assert str(path) in str(e) and "\n" not in str(e)
             else:
-                assert not first <= offset < first + 1200 and equal(loaded, ckpt)
+                assert not first <= offset < first + 1200 and equal(loaded, ckpt | {"path": str(path)})
 
 
 def test_damaged_newest_checkpoint(forks, uninterrupted, flags, tmp_path):

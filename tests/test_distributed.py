@@ -41,7 +41,7 @@ JOBS = {
 }
 
 # GPT-2's tokenizer is replaced by bytes under its name, so that the model can be tiny. DDP records a
-# digest of the weights before each forward pass, and at the end.
+# digest of the weights before each forward pass of the training, and at the end.
 RECORD = """
 import hashlib, torch, torch.nn.parallel, train_gpt2
 
@@ -56,7 +56,8 @@ def digest():
 
 def forward(self, *args, **kwargs):
     modules[:] = [self.module]
-    digest()
+    if torch.is_grad_enabled():
+        digest()
     return real_forward(self, *args, **kwargs)
 
 if "--compile" not in job["flags"]:

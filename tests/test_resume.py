@@ -142,7 +142,7 @@ def test_finished_run(forks, uninterrupted, flags, tmp_path):
     shutil.copytree(uninterrupted, log)
     before = contents(log)
     run = forks.run(*flags, "--resume", cwd=tmp_path).good()
-    assert re.match("the run in log is finished: 12 steps, .* larger --max_steps\n", run.stdout)
+    assert re.match("the run in log is finished: 12 steps; .* larger --max_steps\n", run.stdout)
     assert run.stderr == "" and contents(log) == before
     torch.save({k: v for k, v in weights(log).items() if k != "finished"}, log / "last.pt")  # as earlier ones
     assert "is finished" in forks.run(*flags, "--resume", cwd=tmp_path).good().stdout

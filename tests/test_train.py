@@ -1,6 +1,7 @@
 """train_gpt2.py as a user meets it: build-nanogpt's numbers, the smoke run, evaluate, sample, export."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -165,7 +166,7 @@ def test_export_from_the_command(tiny_run, tmp_path):
 @pytest.mark.parametrize("card, dtype", [((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
 def test_dtype_auto_is_bfloat16_on_cards_that_have_it(monkeypatch, card, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
-    pass
+    assert train_gpt2.resolve_dtype("auto", torch.device("cuda")) == dtype
 
 
 @pytest.mark.parametrize("name, peak", [
@@ -220,7 +221,9 @@ def test_wandb_keeps_its_run_on_resume(shards, tmp_path, monkeypatch):
                                finish=lambda: logged.update(finished=True))
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    ids = itertools.count()  # a new one for each call
+    util = SimpleNamespace(generate_id=lambda: str(next(ids)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, util=util))
     for more in ([], ["--resume", "--max_steps=6"]):
         run_here(*TINY, f"--data={shards}", "--wandb=test", "--max_steps=4", *more)
     (first, logged), (second, logged_on_resume) = calls
