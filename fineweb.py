@@ -320,9 +320,11 @@ def dataset_info(args):
 
 @contextlib.contextmanager
 def hub_errors(dataset):
-    """Convert the exceptions of `datasets` and `huggingface_hub` to a one-line error."""
+    """Convert exceptions to UserError (unknown dataset, configuration or revision) or ConnectionError."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as e:
         # ValueError: unknown configuration or split
         unknown = "(Dataset|DataFiles|Repository|Revision)NotFound|ValueError"
@@ -431,7 +433,7 @@ def tokenize_batches(batches, encode, args, bar, counts):
     pending = []
     with ThreadPoolExecutor(args.num_proc) as pool:  # tiktoken releases the GIL
         while True:
-            with hub_errors(args.dataset):
+            with hub_errors("the copied texts" if args.files else args.dataset):
                 for batch in itertools.islice(batches, MAX_PENDING - len(pending)):
                     pending.append(pool.submit(tokenize, encode, batch[args.text_column]))
             if not pending:

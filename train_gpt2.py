@@ -9,9 +9,9 @@ Based on build-nanogpt, with the same names and hyperparameters. `step` counts c
 batch depends only on step, seed and data, so resuming, changing the world size and inspecting batches need no
 saved loader state.
 
-Part 1 follows the lecture from top to bottom: flags, model, learning rate, data, evaluation, one optimizer
-step, the training loop. Part 2 is the machinery around it: distributed setup, checkpoints, tokenizer, log
-files, errors and main(). modern.py trains a newer architecture with this trainer.
+Part 1 follows Karpathy's lecture from top to bottom: flags, model, learning rate, data, evaluation, one
+optimizer step, the training loop. Part 2 is the machinery around it: distributed setup, checkpoints,
+tokenizer, log files, errors and main(). modern.py trains a newer architecture with this trainer.
 """
 
 import argparse
@@ -51,7 +51,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
     import hellaswag
-except ModuleNotFoundError:  # optional: without hellaswag.py that evaluation is off
+except ModuleNotFoundError as e:  # optional: without hellaswag.py that evaluation is off
+    if e.name != "hellaswag":
+        raise
     hellaswag = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -138,8 +140,8 @@ def build_parser(model_class):
 
     add = parser.add_group("evaluation", "may change on --resume")
     add("eval_every", nonnegative_int, 250, "evaluation interval in steps, plus step 0 and the end (0 = off)")
-    add("val_tokens", nonnegative_int, 10485760, "validation tokens per evaluation (0 = off; on a CPU 65536)")
-    add("hellaswag", nonnegative_int, 10042, "HellaSwag examples per evaluation (0 = off; on a CPU 0)")
+    add("val_tokens", nonnegative_int, 10485760, "validation tokens per evaluation (0 = off; 65536 on a CPU)")
+    add("hellaswag", nonnegative_int, 10042, "HellaSwag examples per evaluation (0 = off; 0 on a CPU)")
     add("prompt", str, "Hello, I'm a language model,", "prompt of the samples (- = stdin)",
         metavar="TEXT")
     add("num_samples", nonnegative_int, 4, "samples per evaluation (0 = off)")
@@ -303,7 +305,7 @@ class GPT(nn.Module):
             std = 0.02  # OpenAI's value, close to 1/sqrt(n_embd)
             if getattr(module, "is_residual_projection", False):
                 # The residual stream sums the outputs of 2 * n_layer layers, and their variances add up.
-                # Scaling their std by 1/sqrt(2 * n_layer) keeps the sum independent of depth.
+                # Scaling their std by 1/sqrt(2 * n_layer) keeps the variance independent of depth.
                 std *= (2 * self.config.n_layer) ** -0.5
             torch.nn.init.normal_(module.weight, mean=0.0, std=std)
             if getattr(module, "bias", None) is not None:
@@ -375,8 +377,8 @@ class GPT(nn.Module):
             if temperature < 1e-6:
                 next_id = logits.argmax(dim=-1, keepdim=True)
             else:
-                # Tail tokens are unlikely one by one but likely together, and one bad token derails a sample:
-                # keep the top k.
+                # Each tail token is unlikely, but one of them is likely to be sampled, and it derails the
+                # text: keep the top k.
                 probs = F.softmax(logits / temperature, dim=-1)
                 topk_probs, topk_indices = torch.topk(probs, min(top_k or n_vocab, n_vocab))
                 sampled = torch.multinomial(topk_probs, 1, generator=generator)
@@ -426,7 +428,7 @@ class GPT(nn.Module):
                         {"params": nodecay_params, "weight_decay": 0.0}]
         # The fused kernel does the whole update of many tensors in one launch. The default launches one
         # kernel per arithmetic operation and moves the state through memory each time.
-        use_fused = device_type in ("cuda", "cpu", "mps")  # those of --device
+        use_fused = device_type in ("cuda", "cpu", "mps")  # where torch has the kernel
         print0(f"using fused AdamW: {use_fused}")
         return make_optimizer(torch.optim.AdamW, param_groups, zero, lr=learning_rate, betas=(0.9, 0.95),
                               eps=1e-8, fused=use_fused)
@@ -447,8 +449,8 @@ class GPT(nn.Module):
 
 def get_lr(it, max_lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073):
     """Learning rate of update `it`: linear warm-up, then cosine decay to min_lr at max_steps."""
-    # During the first steps Adam's second moments rest on few gradients, so its updates are unreliable: keep
-    # them small. it + 1, because a step with learning rate 0 would be wasted.
+    # During the first steps Adam's second moments are estimated from few gradients, so its updates are
+    # unreliable: keep them small. it + 1, because a step with learning rate 0 would be wasted.
     if it < warmup_steps:
         return max_lr * (it + 1) / warmup_steps
     if it >= max_steps:
@@ -485,8 +487,8 @@ class Shard(NamedTuple):
 class TokenStream:
     """The concatenated shards of a split, read by position.
 
-    Reads with open, seek and read: the pages of a memory map would count as resident memory, and each rank
-    would end up with the whole data set.
+    Uses np.fromfile, not a memory map: mapped pages count as resident memory, so each rank would appear to
+    hold the whole data set.
     """
 
     def __init__(self, shards, identity=None):
@@ -526,8 +528,8 @@ def window_permutation(n_windows, seed, epoch):
 class DataLoaderLite:
     """Batches of input and target tokens.
 
-    Window w is tokens [w*T, w*T + T] of the stream: T inputs and, one token to the right, their targets. It
-    may straddle shards. Step s reads the global sequences s*R .. s*R + R-1, where R = sequences_per_step.
+    Window w is tokens [w*T, w*T + T + 1) of the stream: the first T are inputs, the last T targets. It may
+    straddle shards. Step s reads the global sequences s*R .. s*R + R-1, where R = sequences_per_step.
     Sequence g is window order[g mod n_windows] of epoch g // n_windows, so each window is read once per
     epoch. Within a step, sequence (m*W + k)*B + b belongs to micro-step m, rank k of W and batch index b. So
     a step reads the same tokens for any B and world size.
@@ -555,7 +557,7 @@ class DataLoaderLite:
         self.next_micro_step = step * self.grad_accum_steps
 
     def next_batch(self):
-        """Inputs and targets (B, T), int64 on the CPU, of this rank's next micro-step."""
+        """Inputs and targets (B, T), int64 on the CPU, of this rank's next micro-step. Raises as read()."""
         step, micro_step = divmod(self.next_micro_step, self.grad_accum_steps)
         self.next_micro_step += 1
         first = step * self.sequences_per_step
@@ -616,8 +618,8 @@ class Evaluator:
 
     args: argparse.Namespace
     dist: "Dist"
-    model: GPT
-    compiled_model: nn.Module  # model wrapped in DDP and torch.compile, for full batches
+    raw_model: GPT
+    model: nn.Module  # raw_model wrapped in DDP and torch.compile, for full batches
     loader: DataLoaderLite | None  # of the val split
     examples: list  # of HellaSwag, [] = off
     prompt: list  # token ids, [] = no samples (rank 0 only)
@@ -630,8 +632,8 @@ class Evaluator:
 
     @contextlib.contextmanager
     def evaluation_mode(self):
-        """Context: eval mode, no_grad, autocast, and no cuDNN attention."""
-        self.model.eval()  # Trainer.update() turns training mode on again
+        """Run in eval mode, without gradients, with autocast and without cuDNN attention."""
+        self.raw_model.eval()  # Trainer.update() turns training mode on again
         # On Hopper, cuDNN attention takes seconds to plan for each new shape.
         backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         with torch.no_grad(), autocast(self.args, self.dist.device), sdpa_kernel(backends):
@@ -653,7 +655,7 @@ class Evaluator:
             try:
                 if len(windows):
                     x, y = (t.to(dist.device) for t in loader.read(windows))
-                    model = self.compiled_model if len(windows) == loader.B else self.model
+                    model = self.model if len(windows) == loader.B else self.raw_model
                     with self.evaluation_mode():
                         total += model(x, y)[1] * len(windows)
             except (OSError, UserError) as e:  # UserError: a token outside the vocabulary
@@ -670,18 +672,19 @@ class Evaluator:
         dist = self.dist
         with self.evaluation_mode():
             if self.args.eval_only and dist.master_process:
-                hellaswag.show_examples(self.model, self.examples, dist.device, self.tokenizer.decode)
-            result = hellaswag.evaluate(self.model, self.examples, dist.device, dist.rank, dist.world_size,
-                                        on_batch_end=self.stop.check, progress=dist.master_process)
+                hellaswag.show_examples(self.raw_model, self.examples, dist.device, self.tokenizer.decode)
+            result = hellaswag.evaluate(
+                self.raw_model, self.examples, dist.device, dist.rank, dist.world_size,
+                on_batch_end=self.stop.check, progress=dist.master_process)
         correct, correct_norm, total, cropped = dist.all_reduce_sum(result)
         print0(f"HellaSwag accuracy: {correct_norm}/{total}={correct_norm / total:.4f}")
         if self.args.eval_only:
-            print0(f"{cropped} examples cropped to block_size {self.model.config.block_size}")
+            print0(f"{cropped} examples cropped to block_size {self.raw_model.config.block_size}")
             print0("\n".join(hellaswag.score_lines(correct, correct_norm, total)))
         return correct_norm / total
 
     def sample(self):
-        """num_samples continuations of the prompt (strings); [] if off. Its own generator has seed 42."""
+        """Sample num_samples texts with seed 42; return them, prompt included; [] if off."""
         if not self.prompt:
             return []
         args, device = self.args, self.dist.device
@@ -689,7 +692,7 @@ class Evaluator:
         generator = torch.Generator(device=device).manual_seed(42)
         n_new = args.sample_length - idx.size(1)
         with self.evaluation_mode():
-            new = self.model.generate(idx, n_new, args.temperature, args.top_k, self.tokenizer.n_vocab,
+            new = self.raw_model.generate(idx, n_new, args.temperature, args.top_k, self.tokenizer.n_vocab,
                                       generator)
             idx = torch.cat([idx, *new], dim=1)
         texts = [self.tokenizer.decode(ids) for ids in idx.tolist()]
@@ -745,7 +748,7 @@ class Trainer:
             self.stop.data_error = e
 
     def update(self, lr):
-        """Do one optimizer step on total_batch_size tokens: (loss, gradient norm before clipping).
+        """Do one optimizer step on total_batch_size tokens; return (loss, gradient norm before clipping).
 
         The loss is the mean over micro-steps and ranks. Raises RunError before a non-finite loss or gradient
         reaches the weights, and TrainingInterrupted if any rank could not read its data.
@@ -793,15 +796,15 @@ class Trainer:
             torch.distributed.all_reduce(shared)
         # .tolist() is the only host-device synchronization of the step (float16's scaler adds one).
         loss, signals, data_errors, norm = torch.stack([*shared, norm]).tolist()
-        if data_errors:  # the batch is incomplete: discard this update
+        if data_errors:  # a batch of this step or of the next could not be read: discard this update
             raise TrainingInterrupted
-        self.stop.agreed = signals > 0
+        self.stop.any_signal = signals > 0
         return loss / self.dist.world_size, norm
 
     def check_finite(self, loss, norm):
         """Raise RunError for a non-finite loss or norm, unless the float16 scaler can recover."""
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.get_scale() > 1):
-            return  # float16 overflow: update() skips the optimizer step and the scaler halves its scale
+            return  # finite, or a float16 overflow: update() skips the step, the scaler halves its scale
         what = f"gradient norm ({norm})" if math.isfinite(loss) else f"loss ({loss})"
         *_, shard, offset = next(self.loader.locate(self.step))
         raise RunError(f"step {self.step}: non-finite {what}. Weights not updated; the last checkpoint in "
@@ -809,7 +812,7 @@ class Trainer:
                        f"{offset} and later; show its text with --inspect {self.step}")
 
     def save(self, permanent=False, final=False):
-        """Save a checkpoint, see save_checkpoint. All ranks must call it."""
+        """Save the training state with save_checkpoint(). All ranks must call it."""
         optimizers = {name: full_optimizer_state(o, self.dist) for name, o in self.optimizers.items()}
         if self.dist.master_process:
             state = self.run_metadata | dict(
@@ -827,7 +830,8 @@ def train(trainer, evaluator, run_log):
     """Evaluate and save when due, then do one update, until max_steps updates are done.
 
     The last iteration only evaluates and saves the final weights. A run resumed at step s repeats the
-    evaluation and the save that are due at s. run_log: RunLog on rank 0, None elsewhere.
+    evaluation and the save that are due at s. run_log: RunLog on rank 0, None elsewhere. Raises RunError, and
+    TrainingInterrupted on all ranks together.
     """
     args = trainer.args
     while True:
@@ -860,7 +864,7 @@ def train(trainer, evaluator, run_log):
             run_log.log_update(step, loss, norm, lr, dt)
 
         # any rank received a signal: all ranks stop here
-        if trainer.stop.agreed:
+        if trainer.stop.any_signal:
             raise TrainingInterrupted
 
 
@@ -907,7 +911,7 @@ class Dist:
 
 @contextlib.contextmanager
 def init_distributed(device_name):
-    """Read torchrun's environment, choose the device and yield a Dist inside a process group."""
+    """Read torchrun's environment, choose the device, yield a Dist in a process group. Raises UserError."""
     local_rank, world_size = rank("LOCAL_RANK"), int(os.environ.get("WORLD_SIZE", 1))
     if rank() >= world_size or (world_size > 1 and "MASTER_ADDR" not in os.environ):
         raise UserError(f"RANK is {rank()}, WORLD_SIZE is {world_size}; start with torchrun, or unset both")
@@ -925,7 +929,7 @@ def init_distributed(device_name):
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
     dist = Dist(rank(), local_rank, world_size, device)
-    dist.all_gather_object()  # if rank 0 fails before all have connected, they print connection errors
+    dist.all_gather_object()  # wait for all ranks: connection errors would hide an earlier error of rank 0
     yield dist
     if world_size > 1:  # skipped after an error: the other ranks would print connection errors that hide it
         torch.distributed.destroy_process_group()
@@ -966,14 +970,14 @@ def check_mps(args, B):
 
 
 def apply_head(head, x):
-    """head(x) for an nn.Linear (C -> V); on MPS in slices of V, the length of a backward sum (check_mps)."""
+    """Apply the nn.Linear head (C -> V). On MPS in slices of V: long backward sums are wrong (check_mps)."""
     if x.device.type != "mps":
         return head(x)
     logits = torch.cat([F.linear(x, weight) for weight in head.weight.split(16384)], dim=-1)
     return logits if head.bias is None else logits + head.bias
 
 
-def can_compile(device):
+def try_compile(device):
     """Try a tiny torch.compile; if it fails (no gcc, no Triton, old GPU) print a warning, return False."""
     if rank():  # torch._dynamo's warnings are the same on all ranks
         torch._logging.set_logs(all=logging.ERROR)
@@ -995,7 +999,7 @@ def wrap_ddp_and_compile(model, args, dist):
         # torch.compile splits the graph at bucket boundaries: use 100 MB instead of 25 MB
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=100)
     wants_compile = dist.device.type == "cuda" if args.compile is None else args.compile
-    if not all(dist.all_gather_object(wants_compile and can_compile(dist.device))):
+    if not all(dist.all_gather_object(wants_compile and try_compile(dist.device))):
         return model
     if dist.device.type == "cpu":  # the compiled embedding backward uses atomic adds, whose order varies
         torch.use_deterministic_algorithms(True)
@@ -1018,8 +1022,8 @@ def full_optimizer_state(optimizer, dist):
         return optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     shard, states = optimizer.optim.state, {}
-    # Gather the step counters, and None for each tensor. Then broadcast the tensors from their owners:
-    # consolidate_state_dict() takes 40 s at 124M.
+    # Gather the scalars (step counters), with None in place of tensors. Then each owner broadcasts its
+    # tensors. consolidate_state_dict() takes 40 s at 124M.
     counters = {i: {key: None if value.dim() else value.cpu() for key, value in shard[p].items()}
                 for i, p in enumerate(params) if p in shard}
     for owner, theirs in enumerate(dist.all_gather_object(counters)):
@@ -1035,8 +1039,8 @@ def full_optimizer_state(optimizer, dist):
 def load_optimizer_state(optimizer, saved):
     """Load a full state_dict; with ZeRO, keep only this rank's shard.
 
-    Group settings (betas, weight decay, ...) come from the flags, not from the checkpoint. "ratio", the
-    learning rate multiplier, comes from the checkpoint, and lr is set at each update.
+    Group settings (betas, weight decay, ...) come from the flags. Only "lr", which the next update sets, and
+    "ratio", the learning rate multiplier, come from the checkpoint.
     """
     local = getattr(optimizer, "optim", optimizer)  # with ZeRO, the optimizer of this rank's shard
     shard = {p for group in local.param_groups for p in group["params"]}
@@ -1063,7 +1067,7 @@ class StopSignal:
         self.dist = dist
         self.local_signal, self.signal_time = 0, 0.0
         self.data_error = None  # of this rank
-        self.agreed = False  # whether any rank received a signal
+        self.any_signal = False  # whether any rank received a signal
 
     def install_handlers(self, stack):
         """Handle signals (main thread only) until `stack` restores the old handlers."""
@@ -1102,11 +1106,17 @@ class StopSignal:
 # A checkpoint is a dict of plain data that torch.load(weights_only=True) reads without this code:
 #   arch        "gpt2" (also if missing) or "modern": the script that it belongs to
 #   model       state_dict without the prefixes of torch.compile and DDP
-#   optimizer   {name: state_dict}, the same with and without --zero; scaler: of float16, else {}
-#   step        completed updates; val_loss: at this step, or None; rng: torch's CPU random state
-#   config      GPTConfig fields; flags: all flags of the run
-#   tokenizer   "gpt2" or "bytes"; data: identity of the training data, independent of its path
+#   optimizer   {name: state_dict}, the same with and without --zero
+#   scaler      state_dict of GradScaler, {} unless float16
+#   rng         torch's CPU random state
+#   step        completed updates
+#   val_loss    at this step, or None
+#   config      GPTConfig fields
+#   flags       all flags of the run
+#   tokenizer   "gpt2" or "bytes"
+#   data        identity of the training data, independent of its path
 #   finished    whether the run is complete, including its last evaluation
+#   wandb_id    only with --wandb
 
 
 @contextlib.contextmanager
@@ -1136,7 +1146,10 @@ def link_or_copy(source, path):
 
 
 def save_checkpoint(state, log_dir, permanent, final):
-    """Write last.pt and its link as described in Trainer.save. A failed write leaves older files intact."""
+    """Write last.pt; if permanent, also link it as model_{step:05d}.pt.
+
+    A failed write leaves complete files intact. It is a warning, or if final a RunError.
+    """
     t0, step, last = time.perf_counter(), state["step"], os.path.join(log_dir, "last.pt")
     try:
         with atomic_write(last) as f:
@@ -1146,7 +1159,7 @@ def save_checkpoint(state, log_dir, permanent, final):
         print0(f"saved {last}: step {step}, {os.path.getsize(last) / 1e6:,.0f} MB in "
                f"{time.perf_counter() - t0:.2f} s")
     except (OSError, RuntimeError, MemoryError) as e:
-        message = f"could not save the checkpoint of step {step} ({one_line(e)}); the previous one is intact"
+        message = f"could not save the checkpoint of step {step} ({one_line(e)}); complete ones are intact"
         if final:
             raise RunError(f"{message}. Free some disk space, then rerun with --resume") from None
         warn(f"{message}, training continues")
@@ -1233,7 +1246,7 @@ def is_finished(ckpt, args):
 
 
 def load_weights(name):
-    """Load the weights of a checkpoint path or a Hugging Face name or directory as a checkpoint dict."""
+    """Load a checkpoint, or Hugging Face weights by name or directory, as a dict. Raises UserError."""
     is_hub_name = re.fullmatch("gpt2(-medium|-large|-xl)?", name)
     if not is_hub_name and not os.path.isfile(os.path.join(name, "model.safetensors")):
         ckpt = load_checkpoint(name)
@@ -1258,7 +1271,7 @@ def transpose_conv1d(state):
 
 
 def export_hf(model, directory):
-    """Write a directory that transformers loads as GPT-2, without the padded vocabulary."""
+    """Write a directory that transformers loads as GPT-2, without padded vocabulary. Raises UserError."""
     c = model.config
     if model.arch != "gpt2" or (c.pos, c.mlp, c.norm) != ("learned", "gelu", "layernorm"):
         raise UserError("--export_hf needs the GPT-2 architecture: train_gpt2.py with --pos learned --mlp "
@@ -1346,7 +1359,7 @@ def get_tokenizer(name="gpt2"):
         byte_of_id = printable + sorted({*range(256)} - {*printable})
         ranks = {bytes([byte]): i for i, byte in enumerate(byte_of_id)}
         return tiktoken.Encoding(name, pat_str="(?s).", mergeable_ranks=ranks, special_tokens={})
-    requests.get = functools.partial(requests.get, timeout=10)  # tiktoken's download has no timeout
+    requests.get = functools.partial(requests.get, timeout=10)  # default for all callers; tiktoken has none
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as e:  # network, proxy or cache directory
@@ -1357,7 +1370,7 @@ def get_tokenizer(name="gpt2"):
 def load_tokenizer(name, dist, has_shards):
     """Load the same tokenizer on all ranks; rank 0 decides which. Collective. Raises UserError.
 
-    Without the GPT-2 vocabulary, it is "bytes" for a new run on a text (name None), None for a run on shards.
+    If the GPT-2 vocabulary cannot be downloaded: None with shards, "bytes" for a new run on text (name None).
     """
     if dist.master_process:
         try:
@@ -1375,13 +1388,13 @@ def load_tokenizer(name, dist, has_shards):
 def read_text(path):
     """Read a UTF-8 text file. Raises UserError, also for data formats that are not plain text."""
     try:
-        if path.lower().endswith((".json", ".jsonl", ".csv", ".tsv")):  # binary formats are not UTF-8
-            raise ValueError("a data format")
+        if path.lower().endswith((".json", ".jsonl", ".csv", ".tsv")):
+            raise ValueError("a data format")  # binary formats are no valid UTF-8
         with open(path, encoding="utf-8-sig") as f:  # without a byte order mark
             return f.read()
     except ValueError as e:
-        raise UserError(f"--data {path} is not UTF-8 text ({one_line(e)}); pass the directory of shards, or "
-                        f"tokenize documents with `python fineweb.py --files {path} --out DIR`") from e
+        raise UserError(f"--data {path} is not UTF-8 text ({one_line(e)}); use the directory of shards, or "
+                        "tokenize .txt, .jsonl or .parquet files with `python fineweb.py --files`") from e
 
 
 def open_shard(path):
@@ -1409,7 +1422,7 @@ def open_shard(path):
 def open_shards(path):
     """{"train": TokenStream, "val": TokenStream} of the shards in a directory, sorted by name.
 
-    Raises UserError, also if they are not those of a manifest.json that fineweb.py wrote there.
+    Raises UserError, also if the shards differ from manifest.json, which fineweb.py writes.
     """
     if not os.path.isdir(path):
         raise UserError(f"no such file or directory: {path}; check --data, or run `python fineweb.py`")
@@ -1431,7 +1444,7 @@ def open_shards(path):
                 manifest = json.load(f)
             differing = found ^ {(shard["name"], shard["tokens"]) for shard in manifest["shards"]}
             if differing or not manifest.get("complete", True):
-                raise ValueError(f"differing: {sorted(dict(differing))[:3]}")
+                raise ValueError(f"differing: {sorted(dict(differing))[:3]}, or not complete")
         except (ValueError, LookupError, TypeError) as e:  # also if another program wrote it
             raise UserError(f"{path} is incomplete or differs from its manifest.json ({one_line(e)}); rerun "
                             "the command that made it, or check it with `python fineweb.py --verify --out "
@@ -1442,11 +1455,12 @@ def open_shards(path):
 def load_data(args, is_explicit, ckpt, dist):
     """Load --data, a directory of shards or a text file, and its tokenizer. Raises UserError.
 
-    Returns ({"train": TokenStream, "val": TokenStream}, tokenizer), or {} if --eval_only needs no validation
-    data, and None if no text is read or printed.
+    Returns (streams, tokenizer). streams: {"train": TokenStream, "val": TokenStream}, or {} if --eval_only
+    needs none. tokenizer: None if not needed or not available. Sets args.sample_length.
     """
     path, streams, text = args.data, {}, None
-    if args.eval_only and not (args.val_tokens and (is_explicit or os.path.exists(path))):
+    needs_data = not args.eval_only or args.inspect is not None
+    if not needs_data and not (args.val_tokens and (is_explicit or os.path.exists(path))):
         if args.val_tokens:
             print0(f"validation is off: no data at {path}")
     elif os.path.isfile(path):
@@ -1472,7 +1486,7 @@ def load_data(args, is_explicit, ckpt, dist):
 
 
 def encode_prompt(args, tokenizer):
-    """Token ids of --prompt (- = stdin); [] if samples are off. Raises UserError."""
+    """Token ids of --prompt; [] if samples are off. Sets args.prompt to stdin for -. Raises UserError."""
     if not args.num_samples or tokenizer is None:
         return []
     if args.prompt == "-":  # the checkpoint records the text
@@ -1522,7 +1536,7 @@ def open_log_dir(args):
 
 
 def open_step_file(path, from_step, evaluates):
-    """Open a text file of lines that start with a step for appending, without those that will be repeated.
+    """Open a log file for appending, after removing the lines of steps from from_step on.
 
     evaluates: whether from_step is evaluated again; else its evaluations are kept.
     """
@@ -1608,7 +1622,7 @@ class RunLog:
             self.write(self.samples_file, f"{step} sample {i}: {json.dumps(text, ensure_ascii=False)}\n")
 
     def draw_curves(self, timeout=0.0):
-        """Redraw curves.png, unless the last process runs for `timeout` seconds or failed (no matplotlib)."""
+        """Redraw curves.png in a process, unless the last one runs longer than `timeout` s or failed."""
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             if self.plot_process is None or self.plot_process.wait(timeout) == 0:
                 self.plot_process = subprocess.Popen(  # in its own session: Ctrl-C must not reach it
@@ -1642,7 +1656,7 @@ def peak_flops(dist, dtype):
 
 
 # -----------------------------------------------------------------------------
-# Errors. Every rank runs the same checks.
+# Errors
 
 
 class UserError(Exception):
@@ -1657,7 +1671,7 @@ class TrainingInterrupted(RunError):
     """Raised on all ranks together; a training run then saves and stops."""
 
 
-# Mistakes of the user, with errors of Python whose message needs no further explanation.
+# UserError, and built-in errors that are mistakes of the user, too: exit status 2.
 USER_ERRORS = (UserError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
                PermissionError, ModuleNotFoundError)
 
@@ -1802,8 +1816,8 @@ def check_unchanged(action, saved, requested):
     if rows:
         table = "".join(f"\n  {name:20} | {old!s:36} | {new}"
                         for name, old, new in [("flag", "checkpoint", "now"), *rows])
-        raise UserError(f"cannot {action}: these flags differ from the checkpoint (omit them, or start a new "
-                        f"run with another --log_dir){table}")
+        hint = ", or start a new run with another --log_dir" if action == "resume" else ""
+        raise UserError(f"cannot {action}: these flags differ from the checkpoint (omit them{hint}){table}")
 
 
 def print_changes(args, ckpt, model_class):
@@ -1832,7 +1846,10 @@ def sequences_per_rank(args, world_size):
 
 
 def choose_B(args, n_sequences, model, dist):
-    """Micro-batch size: --B, or on CUDA the largest power of two up to 64 that fits on all ranks."""
+    """Micro-batch size: --B, or on CUDA the largest power of two up to 64 that fits on all ranks.
+
+    Elsewhere the largest up to 4; for --eval_only 8, or 1 on a CPU.
+    """
     if args.B or args.eval_only:
         return args.B or (1 if dist.device.type == "cpu" else 8)
     sizes = [b for b in (64, 32, 16, 8, 4, 2, 1) if n_sequences % b == 0]
@@ -1852,7 +1869,7 @@ def choose_B(args, n_sequences, model, dist):
             torch.cuda.empty_cache()
         return True
 
-    # Set the memory for AdamW's state, DDP's buckets and 5% aside.
+    # Reserve memory for AdamW's state and DDP's buckets, plus 5%.
     free, total = torch.cuda.mem_get_info()
     reserved = total // 20 + (12 if dist.world_size > 1 else 8) * sum(p.numel() for p in model.parameters())
     torch.cuda.set_per_process_memory_fraction(
@@ -1863,7 +1880,8 @@ def choose_B(args, n_sequences, model, dist):
 
 
 def load_hellaswag(args, is_explicit, tokenizer, dist):
-    """Load the HellaSwag examples; [] if off or, unless --hellaswag is explicit, if any rank lacks them."""
+    """Load the HellaSwag examples; [] if off. If any rank lacks them, warn and return [], or raise UserError
+    if --hellaswag is explicit."""
     if not args.hellaswag:
         return []
     problem = None
@@ -1891,7 +1909,7 @@ def load_hellaswag(args, is_explicit, tokenizer, dist):
 def load_start(args, dist, stack):
     """Load the checkpoint of --resume or --init: (checkpoint or None, whether it is resumed).
 
-    With --resume, rank 0 first locks log_dir; `stack` releases the lock.
+    With --resume, rank 0 first locks log_dir; `stack` releases the lock. Raises UserError.
     """
     if args.resume:
         is_read_only = args.eval_only or args.export_hf or args.inspect is not None
@@ -1938,10 +1956,10 @@ def main(argv=None, model_class=GPT):
         raise UserError(f"torch {torch.__version__} is too old; pip install 'torch>=2.9'")
     parser = build_parser(model_class)
     cli_args = vars(parser.parse_args(argv))
-    command = argparse.Namespace(**parser.defaults | cli_args)  # final for the flags of this group
+    early_args = argparse.Namespace(**parser.defaults | cli_args)  # only the "command" group is final yet
     with contextlib.ExitStack() as stack:
-        dist = stack.enter_context(init_distributed(command.device))
-        ckpt, is_resume = load_start(command, dist, stack)
+        dist = stack.enter_context(init_distributed(early_args.device))
+        ckpt, is_resume = load_start(early_args, dist, stack)
         args = resolve_config(cli_args, parser, model_class, dist, ckpt, is_resume)
         if (args.eval_only or args.export_hf) and not ckpt:
             raise UserError("--eval_only and --export_hf need --init PATH, or --resume with a checkpoint")
@@ -1950,7 +1968,7 @@ def main(argv=None, model_class=GPT):
                 export_hf(model_class.from_checkpoint(ckpt), args.export_hf)
             return 0
         compare_ranks(dist, {"the checkpoint (is --log_dir on shared storage?)":
-                             is_resume and (ckpt["path"], ckpt["step"])})
+                             (ckpt["path"], ckpt["step"]) if is_resume else "missing"})
         if is_resume and not args.eval_only and args.inspect is None and is_finished(ckpt, args):
             return 0
 
@@ -2015,7 +2033,7 @@ def run(args, dist, model_class, ckpt, is_resume, streams, tokenizer, examples, 
 
 
 def run_training(trainer, evaluator, streams, stack):
-    """Open the run directory, run the training loop and handle its end. Returns the exit status."""
+    """Open the run directory, run the training loop, handle its end; return the status. Raises RunError."""
     args, stop, run_log, is_interrupted = trainer.args, trainer.stop, None, False
     trainer.dist.all_gather_object()  # all ranks have passed all checks: files may be written now
     if trainer.dist.master_process:

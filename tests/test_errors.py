@@ -118,7 +118,7 @@ def test_directories_without_shards(mistake, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    *((f"a.{ending}", content * 100, ["python fineweb.py --files ", f"a.{ending} --out DIR"])
+    *((f"a.{ending}", content * 100, ["not UTF-8 text", "python fineweb.py --files"])
       for ending, content in (("jsonl", b"{}\n"), ("csv", b"{}\n"), ("JSON", b"{}\n"), ("npz", b"\x93"))),
     ("a.txt", b"\xff\xfe\xfa" * 50, ["not UTF-8", "byte 0"]), ("a.txt", b"", ["0 tokens"]),
     ("a.txt", b"x" * 100, ["10 tokens", "--T", "--val_tokens 0"]),  # the last tenth is for validation
