@@ -584,6 +584,8 @@ def main(argv=None):
         status, message = 2, f"error: {e}"
     except ImportError as e:
         status, message = 2, f"error: {e}; run pip install -r requirements.txt"
+    except (FileExistsError, NotADirectoryError) as e:
+        status, message = 2, f"error: {e}; check --out"
     except MemoryError as e:
         status, message = 1, f"error: out of memory ({e}); reduce --shard_size or --num_proc; {rerun}"
     except OSError as e:

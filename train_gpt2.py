@@ -401,17 +401,22 @@ class GPT(nn.Module):
         return cls.from_checkpoint(load_weights(model_type)).eval()
 
     @classmethod
-    def from_checkpoint(cls, ckpt):
-        """Build the model of a loaded checkpoint. Raises UserError."""
-        path, arch = ckpt["path"], ckpt.get("arch", "gpt2")
+    def check_arch(cls, ckpt):
+        """Raise UserError if a loaded checkpoint belongs to another script."""
+        arch = ckpt.get("arch", "gpt2")
         if arch != cls.arch:
             script = "train_gpt2.py" if arch == "gpt2" else f"{arch}.py"
-            raise UserError(f"{path} has the architecture {arch}, not {cls.arch}; use {script}")
+            raise UserError(f"{ckpt['path']} has the architecture {arch}, not {cls.arch}; use {script}")
+
+    @classmethod
+    def from_checkpoint(cls, ckpt):
+        """Build the model of a loaded checkpoint. Raises UserError."""
+        cls.check_arch(ckpt)
         try:
             model = cls(GPTConfig(**ckpt["config"]))
             model.load_state_dict(ckpt["model"])
         except (RuntimeError, TypeError, AttributeError) as e:
-            raise UserError(f"the weights in {path} do not match its config ({one_line(e)})") from None
+            raise UserError(f"{ckpt['path']}: the weights do not match the config ({one_line(e)})") from None
         return model
 
     def configure_optimizers(self, weight_decay, learning_rate, device_type, zero=False):
@@ -1304,7 +1309,7 @@ def number(kind, low, high):
     return parse
 
 
-positive_int, nonnegative_int = number(int, 1, 2**63 - 1), number(int, 0, 2**63 - 1)
+positive_int, nonnegative_int = number(int, 1, 10**12), number(int, 0, 10**12)
 positive_float, nonnegative_float = number(float, 1e-30, 1e30), number(float, 0.0, 1e30)
 
 
@@ -1490,7 +1495,7 @@ def encode_prompt(args, tokenizer):
     if not args.num_samples or tokenizer is None:
         return []
     if args.prompt == "-":  # the checkpoint records the text
-        args.prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+        args.prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if sys.stdin else ""
     ids, limit = tokenizer.encode_ordinary(args.prompt), min(args.block_size, args.sample_length - 1)
     if not 0 < len(ids) <= limit:
         raise UserError(f"--prompt has {len(ids)} tokens; --block_size {args.block_size} and --sample_length "
@@ -1529,7 +1534,11 @@ def open_log_dir(args):
             raise UserError(f"--log_dir {args.log_dir} is the current directory and holds a run; use "
                             "--resume, or another --log_dir")
         n = next(n for n in itertools.count(1) if not os.path.exists(f"{path}.{n}"))
-        os.rename(path, f"{path}.{n}")
+        try:
+            os.rename(path, f"{path}.{n}")
+        except OSError as e:  # for example a mount point
+            raise UserError(f"cannot rename the older run in --log_dir {args.log_dir} ({one_line(e)}); use "
+                            "--resume, or another --log_dir") from None
         print0(f"renamed the older run in {args.log_dir} to {os.path.relpath(path)}.{n}")
     os.makedirs(path, exist_ok=True)
     return lock_log_dir(path)
@@ -1960,6 +1969,8 @@ def main(argv=None, model_class=GPT):
     with contextlib.ExitStack() as stack:
         dist = stack.enter_context(init_distributed(early_args.device))
         ckpt, is_resume = load_start(early_args, dist, stack)
+        if ckpt:
+            model_class.check_arch(ckpt)
         args = resolve_config(cli_args, parser, model_class, dist, ckpt, is_resume)
         if (args.eval_only or args.export_hf) and not ckpt:
             raise UserError("--eval_only and --export_hf need --init PATH, or --resume with a checkpoint")
@@ -1979,6 +1990,7 @@ def main(argv=None, model_class=GPT):
         if is_resume and not args.eval_only:
             check_unchanged("resume", ckpt, {"data": identity})
         if args.inspect is not None:
+            sequences_per_rank(args, dist.world_size)  # refuse a batch that training refuses
             inspect_step(args, streams["train"], tokenizer)
             return 0
         examples = load_hellaswag(args, "hellaswag" in cli_args, tokenizer, dist)

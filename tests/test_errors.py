@@ -43,6 +43,7 @@ MISTAKES = [
     (["--min_lr=1"], "--min_lr 1 is greater than --max_lr"), (["--device=cpu:1"], "--device cpu:1: choose"),
     (["--total_batch_size=24"], "use 32 or 64"), (["--init=s"], "Is a directory"),
     (["--total_batch_size=250"], "use 224 or 256"), (["--init=no.pt"], "No such file"),
+    (["--inspect=1", "--total_batch_size=24"], "use 32 or 64"), (["--seed=1000000000001"], "at most 1e+12"),
     (["--eval_only"], "--eval_only and --export_hf need"), (["--export_hf=x"], "--export_hf need"),
     (["--n_embd=100000000000"], "smaller"), (["--shuffle=x"], "invalid choice"),
     *(([f"--{name}={value}"], f"--{name}: must be ") for name, value in [

@@ -346,6 +346,7 @@ def test_locks(tmp_path, monkeypatch, main, refused, error):
     (["--text_column", "n"], "no text in column n,"),
     (["--files", "nowhere/*.txt"], "nowhere/*.txt: no such"),
     (["--files", "fineweb.py"], "fineweb.py: no such"),
+    (["--out", "LICENSE"], "File exists: 'LICENSE'; check --out"),
 ])  # fmt: skip
 def test_mistakes_with_files(tmp_path, refused, monkeypatch, flags, message):
     monkeypatch.chdir(ROOT)

@@ -169,6 +169,7 @@ def test_a_run_in_log_as_earlier_versions_wrote_it_is_named(forks, data, whole, 
 def test_each_script_refuses_the_others_checkpoints_by_name(forks, whole, tmp_path):
     path = whole / "last.pt"
     forks.run(f"--init={path}", "--eval_only", cwd=tmp_path).refused(path, "modern.py")
+    forks.run("--resume", f"--log_dir={whole}", cwd=tmp_path).refused(path, "modern.py")  # it is finished
     for words, *flags in (("--export_hf needs the GPT-2 architecture", f"--init={path}", "--export_hf=out"),
                           ("32 / 16 is not a multiple of 4", "--n_embd=32", "--n_head=16"),
                           ("unrecognized arguments: --pos", "--pos=rope")):
